@@ -1,0 +1,279 @@
+/*
+ * bitsandbytes.h - the public C interface of libbitsandbytes: k-bit quantisation and 8-bit optimizers
+ *
+ * Conventions, true of every function below:
+ *   - The caller owns every buffer.  Sizes are 64-bit element counts, arrays are contiguous and row-major; a quantisation
+ *     block is a run of `block` consecutive elements of the flattened array, and the last one may be short.
+ *   - All arguments are checked before anything is written: a call that fails its checks has changed nothing.
+ *   - The result is a bnb_status; bnb_detail() then names the argument, its value and what was expected.
+ *   - The library prints nothing, starts no thread, and holds no state but tables computed when it is loaded.
+ *   - Numbers follow docs/NUMERICS.md, byte layouts docs/FORMAT.md.  Both are the same on every device.
+ */
+#ifndef BITSANDBYTES_H
+#define BITSANDBYTES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define BNB_API __attribute__((visibility("default")))
+#else
+#define BNB_API
+#endif
+
+/* The one place where the version is written; the build and the Python package read it from here. */
+#define BNB_VERSION "1.0.0"
+
+/* "1.0.0": the version of the library that was loaded, which may differ from the header's BNB_VERSION. */
+BNB_API const char *bnb_version(void);
+
+/* ---------------------------------------------------------------- status */
+
+/* X(name, value, text).  Values never change meaning; new ones are appended. */
+#define BNB_STATUS_MAP(X)                                        \
+    X(OK, 0, "success")                                          \
+    X(EINVAL, 1, "an argument is out of range")                  \
+    X(EDTYPE, 2, "the operation does not support this dtype")    \
+    X(ECUDA, 3, "the CUDA driver refused a call")                \
+    X(ENOMEM, 4, "out of memory")                                \
+    X(EDEVICE, 5, "the device is absent or has no such kernel")  \
+    X(ENOTSUP, 6, "a valid request that is not implemented")
+
+typedef enum bnb_status {
+#define X(name, value, text) BNB_##name = value,
+    BNB_STATUS_MAP(X)
+#undef X
+} bnb_status;
+
+/* The fixed text of a status; "unknown status" for a value outside the list.  Never NULL. */
+BNB_API const char *bnb_strerror(bnb_status status);
+
+/* What the last failing call on this thread said: "quantize4: block is 48, expected a power of two, 32..4096".
+ * Never NULL; "" before the first failure.  Valid until the next failing call on this thread. */
+BNB_API const char *bnb_detail(void);
+
+/* The status of the last failing call on this thread; BNB_OK before the first failure. */
+BNB_API bnb_status bnb_last_status(void);
+
+/* ---------------------------------------------------------------- dtypes and devices */
+
+typedef enum bnb_dtype {
+    BNB_F32 = 0,  /* IEEE binary32                              */
+    BNB_F16 = 1,  /* IEEE binary16                              */
+    BNB_BF16 = 2, /* the upper half of a binary32 (bfloat16)    */
+    BNB_U8 = 3,   /* unsigned 8-bit: codes                      */
+    BNB_I8 = 4    /* signed 8-bit: LLM.int8() weights           */
+} bnb_dtype;
+
+/* Bytes of one element; 0 for a value outside the list. */
+BNB_API size_t bnb_dtype_size(bnb_dtype dtype);
+
+typedef enum bnb_device { BNB_CPU = 0, BNB_CUDA = 1 } bnb_device;
+
+/* One piece of a parallel loop: handles the indices begin .. end - 1. */
+typedef void (*bnb_range_fn)(void *arg, int64_t begin, int64_t end);
+
+/*
+ * bnb_exec - where and how a call runs.  NULL stands for the CPU, one thread, malloc.
+ * Plain data, owned by the caller, read only during the call.  Zero every member that is not used.
+ */
+typedef struct bnb_exec {
+    size_t size;       /* sizeof(bnb_exec) as the caller compiled it; members may be appended later       */
+    bnb_device device; /* where every buffer of the call lives                                            */
+    int ordinal;       /* which device of that kind; 0 for the CPU                                        */
+    void *stream;      /* CUstream that orders the call; ignored by the CPU                               */
+    void *context;     /* handed to the three callbacks                                                   */
+    /* Workspace on `device`, 64-byte aligned, or NULL when memory is out.  NULL callbacks: malloc, CPU only. */
+    void *(*alloc)(void *context, size_t bytes);
+    void (*free)(void *context, void *ptr, size_t bytes);
+    /* Calls body(arg, begin, end) on ranges that cover 0 .. n - 1 once each, any order, any threads, about `grain`
+     * indices or more each; returns when all are done.  NULL: the calling thread does everything. */
+    void (*parallel_for)(void *context, int64_t n, int64_t grain, bnb_range_fn body, void *arg);
+} bnb_exec;
+
+/* The CPU instruction set in use: "avx2", "scalar", ...  Chosen once, when first needed; the environment
+ * variable BNB_CPU_ISA may name a lesser one. */
+BNB_API const char *bnb_cpu_isa(void);
+
+/* ---------------------------------------------------------------- codebooks */
+
+/*
+ * A codebook ("map") is 256 ascending f32 values; a code is an index into it.  Types with fewer than 256 values are
+ * filled up with zeros.  These functions run on the host, need no device and write `map` only on success.
+ * Layout and anchor values: docs/FORMAT.md, section 1.
+ */
+
+/* Dynamic tree map of total_bits bits, of which max_exponent_bits may be exponent.  total_bits 1..8, max_exponent_bits
+ * 1..total_bits if signed, 1..total_bits - 1 (at least 1) if unsigned.  Dettmers 2015, "8-Bit Approximations for
+ * Parallelism in Deep Learning"; as used in Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization".
+ * BNB_EINVAL if the map would not have exactly 2^total_bits values. */
+BNB_API bnb_status bnb_create_dynamic_map(bool is_signed, int max_exponent_bits, int total_bits, float map[256]);
+
+/* Evenly spaced values on [-1, 1] or [0, 1].  total_bits 1..8.  add_zero: an odd number of points when signed. */
+BNB_API bnb_status bnb_create_linear_map(bool is_signed, int total_bits, bool add_zero, float map[256]);
+
+/* Small float formats, divided by their maximum: exponent_bits >= 1, precision_bits >= 0, and
+ * is_signed + exponent_bits + precision_bits == total_bits, 2..8. */
+BNB_API bnb_status bnb_create_fp8_map(bool is_signed, int exponent_bits, int precision_bits, int total_bits,
+                                      float map[256]);
+
+/* Quantiles of the normal distribution: 8 positive values (7 without use_extra_value) and 7 negative ones.
+ * 0.5 < offset < 1.  offset 0.9677083 gives the NF4 values.  Dettmers et al. 2023 (QLoRA), section 3. */
+BNB_API bnb_status bnb_create_normal_map(double offset, bool use_extra_value, float map[256]);
+
+/* A map from quantiles of data, as bnb_estimate_quantiles() gives them: sorted, one zero added, divided by the largest
+ * magnitude.  quantiles [count], host memory, finite; count 1..255. */
+BNB_API bnb_status bnb_create_quantile_map(const float *quantiles, int count, float map[256]);
+
+typedef enum bnb_type4 {
+    BNB_FP4 = 1, /* 1 sign, 2 exponent, 1 mantissa bit                         */
+    BNB_NF4 = 2, /* quantiles of the normal distribution: QLoRA                */
+    BNB_INT4 = 3, /* -7 .. 7; a table only: no quantiser takes it              */
+    BNB_AF4 = 4  /* Yoshida 2023, "NF4 Isn't Information Theoretically Optimal"; a table only */
+} bnb_type4;
+
+/* The 16 values of a 4-bit type, divided by their largest magnitude, in code order. */
+BNB_API bnb_status bnb_get_4bit_map(bnb_type4 type, float map[16]);
+
+/*
+ * bnb_estimate_quantiles() - exact order statistics of n values
+ *   x     [n]      f32, f16 or bf16; n >= 1.  NaN sorts above every number
+ *   out   [count]  f32, on the same device: entry j is the element of rank rint(p * (n - 1)), where p is probability
+ *                  offset + t (1 - 2 offset) / 255 with t = j for count 256, else t = trunc(linspace(0, 255, count)[j])
+ *   offset         in [0, 0.5); count 1..256
+ * Workspace: up to 33 MiB for large n.  BNB_EINVAL, BNB_ENOTSUP (other dtypes, count > 256), BNB_ENOMEM.
+ */
+BNB_API bnb_status bnb_estimate_quantiles(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, double offset,
+                                          int count, float *out);
+
+/* ---------------------------------------------------------------- block-wise quantisation */
+
+/*
+ * bnb_quantize8() - quantise n values to 8-bit codes, one scale per block
+ *   x       [n]                f32, f16 or bf16
+ *   code    [256]              sorted map; the default one is the signed dynamic map
+ *   codes   [n]                out: index of the nearest entry to x / absmax (NUMERICS rules 2 and 3)
+ *   absmax  [ceil(n / block)]  out: largest |x| of each block, in the unit of x
+ *   block   any value > 0
+ * Nothing is allocated.  BNB_EINVAL, BNB_EDTYPE, BNB_EDEVICE.  Dettmers et al. 2021, section 2.
+ */
+BNB_API bnb_status bnb_quantize8(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, int64_t block,
+                                 const float *code, uint8_t *codes, float *absmax);
+
+/*
+ * bnb_scales - the scale of every block, plain or nested (quantised once more)
+ * Plain: absmax is f32, the rest zero.  Nested: absmax is u8, and the scale of block j is
+ * code[absmax[j]] * absmax2[j / block2] + *offset, in f32, without a fused multiply-add.
+ * Every pointer lives on the device of the call.
+ */
+typedef struct bnb_scales {
+    const void *absmax;   /* [blocks] f32, or u8 when nested          */
+    const float *code;    /* [256] map of the nested codes, or NULL   */
+    const float *absmax2; /* [ceil(blocks / block2)], or NULL         */
+    const float *offset;  /* [1], or NULL                             */
+    int64_t block2;       /* 0 when plain                             */
+} bnb_scales;
+
+/*
+ * bnb_dequantize8() - code[codes[i]] * scale of its block, rounded once to the output dtype
+ *   codes [n], code [256], out [n] of dtype f32, f16 or bf16; block > 0
+ */
+BNB_API bnb_status bnb_dequantize8(const bnb_exec *ex, const uint8_t *codes, int64_t n, int64_t block, const float *code,
+                                   const bnb_scales *scales, void *out, bnb_dtype dtype);
+
+/*
+ * bnb_quantize4() - quantise n values to 4-bit codes, one scale per block
+ *   x       [n]                f32, f16 or bf16
+ *   codes   [(n + 1) / 2]      out: element 2i in the HIGH nibble of byte i; an odd n fills the last low nibble with
+ *                              the code of zero
+ *   absmax  [ceil(n / block)]  out: largest |x| of each block, in the unit of x
+ *   block   a power of two, 32..4096;  type BNB_NF4 or BNB_FP4
+ * Nothing is allocated.  BNB_EINVAL, BNB_EDTYPE, BNB_EDEVICE.  Dettmers et al. 2023 (QLoRA), section 3.
+ */
+BNB_API bnb_status bnb_quantize4(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, int64_t block,
+                                 bnb_type4 type, uint8_t *codes, float *absmax);
+
+/* bnb_dequantize4() - the inverse: out [n] of dtype f32, f16 or bf16.  Other arguments as for bnb_quantize4(). */
+BNB_API bnb_status bnb_dequantize4(const bnb_exec *ex, const uint8_t *codes, int64_t n, int64_t block, bnb_type4 type,
+                                   const bnb_scales *scales, void *out, bnb_dtype dtype);
+
+/*
+ * bnb_quantize_scales() - nested ("double") quantisation of n scales: QLoRA, section 3
+ *   absmax   [n]                 f32, as a quantiser wrote it
+ *   code     [256]               sorted map; block > 0 (256 for 4-bit weights)
+ *   codes    [n]                 out: codes of absmax - offset
+ *   absmax2  [ceil(n / block)]   out
+ *   offset   [1]                 out: the mean of absmax (NUMERICS rule 6); 0 when n is 0
+ * Workspace: 4 n bytes.
+ */
+BNB_API bnb_status bnb_quantize_scales(const bnb_exec *ex, const float *absmax, int64_t n, int64_t block,
+                                       const float *code, uint8_t *codes, float *absmax2, float *offset);
+
+/* bnb_dequantize_scales() - the n scales that `scales` stands for, as plain f32.  scales->block2 > 0. */
+BNB_API bnb_status bnb_dequantize_scales(const bnb_exec *ex, const bnb_scales *scales, int64_t n, float *out);
+
+/* ---------------------------------------------------------------- optimizers */
+
+/* 8-bit optimizer state has one absmax per this many elements. */
+#define BNB_OPTIM_BLOCK 256
+
+/*
+ * bnb_optim_tensor - one parameter of a step.  n = 0, or g = NULL (no gradient), skips it.
+ *   p        [n]  updated in place                     g  [n]  read only
+ *   state1, state2 [n]: f32 when bits is 32, codes (u8) when bits is 8; state2 NULL for one-state algorithms
+ *   absmax1, absmax2 [ceil(n / 256)]: scales of 8-bit state, NULL when bits is 32
+ * New state is all zero bytes.
+ */
+typedef struct bnb_optim_tensor {
+    void *p;
+    const void *g;
+    void *state1;
+    void *state2;
+    float *absmax1;
+    float *absmax2;
+    int64_t n;
+    int64_t step;    /* t of this update: 1 for the first            */
+    bnb_dtype dtype; /* of p and g: f32, f16 or bf16                 */
+    int bits;        /* of the state: 8 or 32                        */
+} bnb_optim_tensor;
+
+/* bnb_optim_config - what the tensors of one step share.  Zero every member that is not used. */
+typedef struct bnb_optim_config {
+    size_t size;        /* sizeof(bnb_optim_config) as the caller compiled it                      */
+    const char *name;   /* a row of the optimizer table: see bnb_optim_name()                      */
+    double lr;          /* learning rate, >= 0                                                     */
+    double beta1;       /* in [0, 1)                                                               */
+    double beta2;       /* in [0, 1)                                                               */
+    double beta3;       /* unused by adam                                                          */
+    double alpha;       /* unused by adam                                                          */
+    double eps;         /* >= 0, added outside the square root                                     */
+    double weight_decay; /* >= 0; decoupled for adam                                               */
+    double gnorm_scale; /* every gradient is multiplied by this; 1 leaves it                       */
+    bool skip_zeros;    /* elements whose gradient is 0 keep their state and parameter             */
+    const float *qmap1; /* [256] sorted map of 8-bit state1, on the device of the call             */
+    const float *qmap2; /* [256] sorted map of 8-bit state2, on the device of the call             */
+} bnb_optim_config;
+
+/*
+ * bnb_optim_step() - one update of `count` parameters, equal to one call per parameter
+ * Rows and formulas: docs/NUMERICS.md, rules 20 and on.  Nothing is allocated on the CPU.
+ * BNB_EINVAL (unknown name, a negative value, a missing buffer), BNB_EDTYPE, BNB_EDEVICE.
+ * "adam": Kingma & Ba 2015 with the decoupled decay of Loshchilov & Hutter 2019 (AdamW).
+ */
+BNB_API bnb_status bnb_optim_step(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
+                                  size_t count);
+
+/* The name of row i of the optimizer table, NULL behind the last; and how many states row i has (0 behind the last). */
+BNB_API const char *bnb_optim_name(int i);
+BNB_API int bnb_optim_states(int i);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* BITSANDBYTES_H */

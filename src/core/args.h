@@ -1,0 +1,126 @@
+/*
+ * args.h - argument blocks: what a kernel is told, in plain structs
+ *
+ * Shared by the host and by device code, which is compiled without any include: hence the two guards.  A launcher
+ * fills a block once; a kernel only reads it.  Pointers live on the kernel's device.
+ */
+#ifndef BNB_CORE_ARGS_H
+#define BNB_CORE_ARGS_H
+
+#if defined(__CUDACC_RTC__)
+typedef unsigned char uint8_t;
+typedef long long int64_t;
+#else
+#include <stdint.h>
+#endif
+
+/*
+ * The closed form of a dynamic map, which is a decimal floating point: the magnitude codes of decade i,
+ * start[i] <= |u| < start[i + 1], are m = trunc(|u| slope[i] + bias[i]), at most last[i], and one less where
+ * |u| < threshold[m].  Decade 7 is the single value 1.0.  The last step makes the result exact; NUMERICS rule 5.
+ */
+struct bnb_dynamic_form {
+    float start[9]; /* [8] is +Inf                                                             */
+    float slope[8];
+    float bias[8];
+    int last[8];          /* the largest magnitude code of the decade                                */
+    float threshold[257]; /* the smallest |u| that takes magnitude code m; [0] is 0                  */
+    int is_signed;        /* the code is 127 + m or 127 - m; else it is m                            */
+};
+
+/* A sorted 256-entry map made ready for the encoder: NUMERICS rule 4. */
+struct bnb_map8 {
+    const float *code;                   /* [256] the values                                         */
+    const float *midpoint;               /* [256] (code[k] + code[k + 1]) / 2; the last is +Inf      */
+    const struct bnb_dynamic_form *form; /* not NULL for the default maps: no search is needed       */
+    int zero;                            /* the code of zero                                         */
+};
+
+/* x [n] -> codes [n], absmax [ceil(n / block)] */
+struct bnb_quant8_args {
+    const void *x;
+    uint8_t *codes;
+    float *absmax;
+    int64_t n;
+    int64_t block;
+    struct bnb_map8 map;
+};
+
+/* The scale of every block: bnb_scales in bitsandbytes.h says what the members mean.  absmax2 NULL: plain. */
+struct bnb_scale_args {
+    const void *absmax;
+    const float *code;
+    const float *absmax2;
+    const float *offset;
+    int64_t block2;
+};
+
+/* codes [n] -> out [n] */
+struct bnb_dequant8_args {
+    const uint8_t *codes;
+    void *out;
+    int64_t n;
+    int64_t block;
+    const float *code;
+    struct bnb_scale_args scale;
+};
+
+/*
+ * The thresholds of a 4-bit type as a search tree: level l is indexed by the l - 1 bits found above it, and u strictly
+ * above a threshold gives the bit 1.  FP4 searches |u| in three levels; its level4 holds the 8 magnitude codes, as
+ * integer bits.  NUMERICS rules 6 and 7.
+ */
+struct bnb_tree4 {
+    float root;
+    float level2[8], level3[8], level4[8]; /* 2, 4 and 8 are used */
+};
+
+/* x [n] -> codes [(n + 1) / 2], absmax [ceil(n / block)] */
+struct bnb_quant4_args {
+    const void *x;
+    uint8_t *codes;
+    float *absmax;
+    int64_t n;
+    int64_t block;
+    int type; /* bnb_type4: NF4 or FP4 */
+    const struct bnb_tree4 *thresholds;
+};
+
+/* codes [(n + 1) / 2] -> out [n] */
+struct bnb_dequant4_args {
+    const uint8_t *codes;
+    void *out;
+    int64_t n;
+    int64_t block;
+    const float *code; /* [16] */
+    struct bnb_scale_args scale;
+};
+
+/* Which update rule a row of the optimizer table runs. */
+enum bnb_optim_rule { BNB_RULE_ADAM = 0, BNB_RULE_COUNT };
+
+/* The scalars of one update of one tensor, each computed in double and rounded once (NUMERICS rule 5). */
+struct bnb_optim_scalars {
+    float beta1, one_minus_beta1;
+    float beta2, one_minus_beta2;
+    float step_size; /* adam: -lr c2 / c1                      */
+    float eps;       /* adam: eps c2                           */
+    float decay;     /* 1 - lr wd                              */
+    float gnorm_scale;
+    int skip_zeros;
+};
+
+/* One tensor of one update; absmax pointers are NULL for 32-bit state. */
+struct bnb_optim_args {
+    void *p;
+    const void *g;
+    void *state1;
+    void *state2;
+    float *absmax1;
+    float *absmax2;
+    int64_t n;
+    struct bnb_map8 map1, map2;
+    struct bnb_optim_scalars s;
+};
+
+#endif

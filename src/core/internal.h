@@ -1,0 +1,76 @@
+/*
+ * internal.h - what the layers of the library share: failing, the device tables, the ready-made maps
+ *
+ * A device is a folder that fills one struct bnb_device_ops; the API checks its arguments, then calls through the
+ * table of the call's device.
+ */
+#ifndef BNB_CORE_INTERNAL_H
+#define BNB_CORE_INTERNAL_H
+
+#include "bitsandbytes.h"
+#include "core/args.h"
+
+/* Values handled by one parallel task, at least: below this, splitting costs more than it saves. */
+#define BNB_GRAIN 32768
+
+/* Set this thread's status and detail, and return the status.  The detail is "function: argument is value, ...". */
+bnb_status bnb_fail(bnb_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* ceil(n / block), without overflow for any n >= 0. */
+static inline int64_t bnb_blocks(int64_t n, int64_t block)
+{
+    return n / block + (n % block != 0);
+}
+
+/* Everything a device can do.  Arguments are checked; n > 0 unless a comment says otherwise.  A NULL member: BNB_EDEVICE. */
+struct bnb_device_ops {
+    bnb_status (*quantize8)(const bnb_exec *ex, const struct bnb_quant8_args *a, bnb_dtype dtype);
+    bnb_status (*dequantize8)(const bnb_exec *ex, const struct bnb_dequant8_args *a, bnb_dtype dtype);
+    bnb_status (*quantize4)(const bnb_exec *ex, const struct bnb_quant4_args *a, bnb_dtype dtype);
+    bnb_status (*dequantize4)(const bnb_exec *ex, const struct bnb_dequant4_args *a, bnb_dtype dtype);
+    /* offset[0] = mean of absmax [a->n] (0 when n is 0); a's codes and scales are those of absmax - offset[0] */
+    bnb_status (*quantize_scales)(const bnb_exec *ex, const float *absmax, float *offset,
+                                  const struct bnb_quant8_args *a);
+    bnb_status (*expand_scales)(const bnb_exec *ex, const struct bnb_scale_args *a, int64_t n, float *out);
+    /* out[j] = the element of rank rank[j] of x [n]; rank is ascending, host memory */
+    bnb_status (*select)(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, const int64_t *rank, int count,
+                         float *out);
+    bnb_status (*optim_step)(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
+                             size_t count);
+};
+
+extern const struct bnb_device_ops bnb_cpu_device;
+
+/* The table of ex's device, or NULL after bnb_fail(): unknown device, a struct of an unknown size. */
+const struct bnb_device_ops *bnb_device_of(const bnb_exec *ex, const char *function);
+
+/* ---- ready-made maps (maps.c), computed when the library is loaded */
+
+/* The default maps of 8-bit codes, their midpoints and closed forms. */
+extern struct bnb_map8 bnb_map_signed, bnb_map_unsigned;
+
+/* The 16 values of a 4-bit type, or NULL; and the search trees of the two that have a quantiser. */
+const float *bnb_map4(bnb_type4 type);
+extern struct bnb_tree4 bnb_tree_nf4, bnb_tree_fp4;
+
+/* Make `code` ready for the encoder.  The default maps are recognised; `midpoint` [256] is storage for the others. */
+struct bnb_map8 bnb_prepare_map(const float *code, float *midpoint);
+
+/* Steps from start to end, both included, as torch.linspace computes them in f32. */
+float bnb_linspace(float start, float end, int steps, int i);
+
+/* ---- the optimizer table (api_optim.c) */
+
+struct bnb_optim_row {
+    const char *name;
+    int states;              /* 1 or 2                                                    */
+    int is_signed[2];        /* m-type states keep their sign when requantised            */
+    enum bnb_optim_rule rule;
+};
+extern const struct bnb_optim_row bnb_optim_rows[];
+const struct bnb_optim_row *bnb_optim_find(const char *name);
+
+/* The scalars of update `step` under `config`. */
+struct bnb_optim_scalars bnb_optim_scalars_of(const bnb_optim_config *config, int64_t step);
+
+#endif
