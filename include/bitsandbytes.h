@@ -157,7 +157,7 @@ BNB_API bnb_status bnb_estimate_quantiles(const bnb_exec *ex, const void *x, bnb
  * bnb_quantize8() - quantise n values to 8-bit codes, one scale per block
  *   x       [n]                f32, f16 or bf16
  *   code    [256]              sorted map; the default one is the signed dynamic map
- *   codes   [n]                out: index of the nearest entry to x / absmax (NUMERICS rules 2 and 3)
+ *   codes   [n]                out: index of the nearest entry to x / absmax (NUMERICS rules 3 and 4)
  *   absmax  [ceil(n / block)]  out: largest |x| of each block, in the unit of x
  *   block   any value > 0
  * Nothing is allocated.  BNB_EINVAL, BNB_EDTYPE, BNB_EDEVICE.  Dettmers et al. 2021, section 2.
@@ -208,7 +208,7 @@ BNB_API bnb_status bnb_dequantize4(const bnb_exec *ex, const uint8_t *codes, int
  *   code     [256]               sorted map; block > 0 (256 for 4-bit weights)
  *   codes    [n]                 out: codes of absmax - offset
  *   absmax2  [ceil(n / block)]   out
- *   offset   [1]                 out: the mean of absmax (NUMERICS rule 6); 0 when n is 0
+ *   offset   [1]                 out: the mean of absmax (NUMERICS rule 9); 0 when n is 0
  * Workspace: 4 n bytes.
  */
 BNB_API bnb_status bnb_quantize_scales(const bnb_exec *ex, const float *absmax, int64_t n, int64_t block,

@@ -31,7 +31,7 @@ const struct bnb_optim_row *bnb_optim_find(const char *name)
     return NULL;
 }
 
-/* base^n by repeated squaring: NUMERICS rule 8. */
+/* base^n by repeated squaring: NUMERICS rule 12. */
 static double power(double base, int64_t n)
 {
     double result = 1.0;

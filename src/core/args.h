@@ -99,7 +99,7 @@ struct bnb_dequant4_args {
 /* Which update rule a row of the optimizer table runs. */
 enum bnb_optim_rule { BNB_RULE_ADAM = 0, BNB_RULE_COUNT };
 
-/* The scalars of one update of one tensor, each computed in double and rounded once (NUMERICS rule 5). */
+/* The scalars of one update of one tensor, each computed in double and rounded once (NUMERICS rule 12). */
 struct bnb_optim_scalars {
     float beta1, one_minus_beta1;
     float beta2, one_minus_beta2;

@@ -1,7 +1,7 @@
 /*
  * half.h - 16-bit floats: storage types and conversions for one value
  *
- * Rounding is to nearest even; a NaN stays a NaN, made quiet, with the upper bits of its payload (NUMERICS rule 7).
+ * Rounding is to nearest even; a NaN stays a NaN, made quiet, with the upper bits of its payload (NUMERICS rule 11).
  * These are the bits that F16C and the vector code produce as well.
  */
 #ifndef BNB_CORE_HALF_H
