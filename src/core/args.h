@@ -28,11 +28,22 @@ struct bnb_dynamic_form {
     int is_signed;        /* the code is 127 + m or 127 - m; else it is m                            */
 };
 
+/*
+ * 15 thresholds as a search tree: level l is indexed by the l - 1 bits found above it, and u strictly above a threshold
+ * gives the bit 1.  8-bit maps: every 16th midpoint, the first half of a bisection.  NF4: all thresholds.  FP4 searches
+ * |u| in three levels; its level4 holds the 8 magnitude codes, as integer bits.  NUMERICS rules 4, 6 and 7.
+ */
+struct bnb_tree4 {
+    float root;
+    float level2[8], level3[8], level4[8]; /* 2, 4 and 8 are used */
+};
+
 /* A sorted 256-entry map made ready for the encoder: NUMERICS rule 4. */
 struct bnb_map8 {
     const float *code;                   /* [256] the values                                         */
     const float *midpoint;               /* [256] (code[k] + code[k + 1]) / 2; the last is +Inf      */
     const struct bnb_dynamic_form *form; /* not NULL for the default maps: no search is needed       */
+    struct bnb_tree4 tree;               /* of the midpoints 15, 31, ... 239                         */
     int zero;                            /* the code of zero                                         */
 };
 
@@ -63,16 +74,6 @@ struct bnb_dequant8_args {
     int64_t block;
     const float *code;
     struct bnb_scale_args scale;
-};
-
-/*
- * The thresholds of a 4-bit type as a search tree: level l is indexed by the l - 1 bits found above it, and u strictly
- * above a threshold gives the bit 1.  FP4 searches |u| in three levels; its level4 holds the 8 magnitude codes, as
- * integer bits.  NUMERICS rules 6 and 7.
- */
-struct bnb_tree4 {
-    float root;
-    float level2[8], level3[8], level4[8]; /* 2, 4 and 8 are used */
 };
 
 /* x [n] -> codes [(n + 1) / 2], absmax [ceil(n / block)] */

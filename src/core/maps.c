@@ -11,16 +11,18 @@
 static float signed_code[256], signed_midpoint[256], unsigned_code[256], unsigned_midpoint[256];
 static struct bnb_dynamic_form signed_form, unsigned_form;
 
-struct bnb_map8 bnb_map_signed = {signed_code, signed_midpoint, &signed_form, 0};
-struct bnb_map8 bnb_map_unsigned = {unsigned_code, unsigned_midpoint, &unsigned_form, 0};
+struct bnb_map8 bnb_map_signed, bnb_map_unsigned;
 
 struct bnb_tree4 bnb_tree_nf4, bnb_tree_fp4;
 
-static void fill_midpoints(const float *code, float *midpoint)
+/* Level by level: the threshold in the middle of each remaining range. */
+static void fill_tree(const float *threshold, int count, struct bnb_tree4 *tree)
 {
-    for (int k = 0; k < 255; k++)
-        midpoint[k] = (code[k] + code[k + 1]) * 0.5f;
-    midpoint[255] = INFINITY;
+    float *level[3] = {tree->level2, tree->level3, tree->level4};
+    tree->root = threshold[count / 2];
+    for (int l = 0, width = (count + 1) / 4; width > 0; l++, width /= 2)
+        for (int k = 0, at = width - 1; at < count; k++, at += 2 * width)
+            level[l][k] = threshold[at];
 }
 
 /* The nearest code of 0, the even index on a tie: NUMERICS rule 4. */
@@ -32,9 +34,24 @@ static int code_of_zero(const float *midpoint)
     return k + (k % 2 == 1 && midpoint[k] == 0.0f);
 }
 
+static struct bnb_map8 make_map(const float *code, float *midpoint)
+{
+    struct bnb_map8 map = {.code = code, .midpoint = midpoint};
+    float every_16th[15];
+    for (int k = 0; k < 255; k++)
+        midpoint[k] = (code[k] + code[k + 1]) * 0.5f;
+    midpoint[255] = INFINITY;
+    for (int k = 0; k < 15; k++)
+        every_16th[k] = midpoint[16 * k + 15];
+    fill_tree(every_16th, 15, &map.tree);
+    map.zero = code_of_zero(midpoint);
+    return map;
+}
+
 /* The magnitudes of a default map: code[zero + m], m = 0 .. top. */
 static void fill_form(struct bnb_map8 *map, struct bnb_dynamic_form *form)
 {
+    map->form = form;
     const int zero = map->zero, top = 255 - zero;
     form->is_signed = zero != 0;
     for (int m = 1; m <= 256; m++)
@@ -68,16 +85,6 @@ static const float fp4_threshold[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.2
                                        0.8333333f};
 static const unsigned fp4_order[8] = {0, 1, 6, 7, 4, 5, 2, 3};
 
-/* Level by level: the threshold in the middle of each remaining range. */
-static void fill_tree(const float *threshold, int count, struct bnb_tree4 *tree)
-{
-    float *level[3] = {tree->level2, tree->level3, tree->level4};
-    tree->root = threshold[count / 2];
-    for (int l = 0, width = (count + 1) / 4; width > 0; l++, width /= 2)
-        for (int k = 0, at = width - 1; at < count; k++, at += 2 * width)
-            level[l][k] = threshold[at];
-}
-
 static void fill_trees(void)
 {
     float nf4_threshold[15];
@@ -92,10 +99,8 @@ __attribute__((constructor)) static void fill_maps(void)
 {
     bnb_create_dynamic_map(true, 7, 8, signed_code);
     bnb_create_dynamic_map(false, 7, 8, unsigned_code);
-    fill_midpoints(signed_code, signed_midpoint);
-    fill_midpoints(unsigned_code, unsigned_midpoint);
-    bnb_map_signed.zero = code_of_zero(signed_midpoint);
-    bnb_map_unsigned.zero = code_of_zero(unsigned_midpoint);
+    bnb_map_signed = make_map(signed_code, signed_midpoint);
+    bnb_map_unsigned = make_map(unsigned_code, unsigned_midpoint);
     fill_form(&bnb_map_signed, &signed_form);
     fill_form(&bnb_map_unsigned, &unsigned_form);
     fill_trees();
@@ -107,6 +112,5 @@ struct bnb_map8 bnb_prepare_map(const float *code, float *midpoint)
         return bnb_map_signed;
     if (!memcmp(code, unsigned_code, sizeof unsigned_code))
         return bnb_map_unsigned;
-    fill_midpoints(code, midpoint);
-    return (struct bnb_map8){code, midpoint, NULL, code_of_zero(midpoint)};
+    return make_map(code, midpoint);
 }

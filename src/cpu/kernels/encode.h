@@ -64,36 +64,6 @@ static ALWAYS_INLINE vi encode_dynamic_unsigned(vf u, const struct dynamic_table
     return encode_magnitude(vf_max(u, vf_set(0.0f)), t);
 }
 
-/* The number of midpoints below u, and one more where u is on a midpoint and the index is odd. */
-static ALWAYS_INLINE vi encode_sorted(vf u, const float *midpoint)
-{
-    vi k = vi_set(0);
-    for (int step = 128; step > 0; step /= 2) {
-        const vi up = vi_of_mask(vf_lt(vf_gather(midpoint + step - 1, k), u));
-        k = vi_add(k, vi_and(up, vi_set(step)));
-    }
-    const vi tie = vi_of_mask(vf_eq(vf_gather(midpoint, k), u));
-    return vi_add(k, vi_and(vi_and(tie, k), vi_set(1)));
-}
-
-enum { ENCODE_SORTED, ENCODE_SIGNED, ENCODE_UNSIGNED };
-
-static inline int encode_kind(const struct bnb_map8 *map)
-{
-    return !map->form ? ENCODE_SORTED : map->form->is_signed ? ENCODE_SIGNED : ENCODE_UNSIGNED;
-}
-
-/* u is not NaN. */
-static ALWAYS_INLINE vi encode8(vf u, int kind, const float *midpoint, const struct dynamic_tables *t)
-{
-    return kind == ENCODE_SORTED   ? encode_sorted(u, midpoint)
-           : kind == ENCODE_SIGNED ? encode_dynamic_signed(u, t)
-                                   : encode_dynamic_unsigned(u, t);
-}
-
-/* ---- 4-bit types.  Values of bnb_type4 that have an encoder. */
-enum { TYPE_FP4 = 1, TYPE_NF4 = 2 };
-
 /* A tree of up to 15 thresholds: the root, two, four and eight, each level indexed by the bits found above it. */
 struct tree4 {
     vf root;
@@ -111,14 +81,65 @@ static ALWAYS_INLINE vi tree4_step(vf u, vi k, lut8 level)
     return vi_sub(vi_add(k, k), vi_of_mask(vf_lt(lut8_at(level, k), u)));
 }
 
-/* How many thresholds lie strictly below u; 0 for NaN. */
-static ALWAYS_INLINE vi encode_nf4(vf u, const struct tree4 *t)
+/* How many of 15 thresholds lie strictly below u; 0 for NaN. */
+static ALWAYS_INLINE vi tree4_count(vf u, const struct tree4 *t)
 {
     vi k = vi_sub(vi_set(0), vi_of_mask(vf_lt(t->root, u)));
     k = tree4_step(u, k, t->level2);
     k = tree4_step(u, k, t->level3);
     return tree4_step(u, k, t->level4);
 }
+
+/* The number of midpoints below u, and one more where u is on a midpoint and the index is odd.  The first four levels of
+ * the bisection are a tree in registers. */
+static ALWAYS_INLINE vi encode_sorted(vf u, const float *midpoint, const struct tree4 *t)
+{
+    vi k = vi_mul16(tree4_count(u, t));
+    for (int step = 8; step > 0; step /= 2) {
+        const vi up = vi_of_mask(vf_lt(vf_gather(midpoint + step - 1, k), u));
+        k = vi_add(k, vi_and(up, vi_set(step)));
+    }
+    const vi tie = vi_of_mask(vf_eq(vf_gather(midpoint, k), u));
+    return vi_add(k, vi_and(vi_and(tie, k), vi_set(1)));
+}
+
+/* ---- any 8-bit map */
+
+enum { ENCODE_SORTED, ENCODE_SIGNED, ENCODE_UNSIGNED };
+
+static inline int encode_kind(const struct bnb_map8 *map)
+{
+    return !map->form ? ENCODE_SORTED : map->form->is_signed ? ENCODE_SIGNED : ENCODE_UNSIGNED;
+}
+
+/* A map ready in registers; `kind`, a constant, says which half is filled. */
+struct encoder8 {
+    int kind;
+    struct dynamic_tables form;
+    struct tree4 tree;
+    const float *midpoint;
+};
+
+static ALWAYS_INLINE struct encoder8 encoder8_load(const struct bnb_map8 *map, int kind)
+{
+    struct encoder8 e = {.kind = kind, .midpoint = map->midpoint};
+    if (kind == ENCODE_SORTED)
+        e.tree = tree4_load(&map->tree);
+    else
+        e.form = dynamic_load(map->form);
+    return e;
+}
+
+/* u is not NaN. */
+static ALWAYS_INLINE vi encode8(vf u, const struct encoder8 *e)
+{
+    return e->kind == ENCODE_SORTED   ? encode_sorted(u, e->midpoint, &e->tree)
+           : e->kind == ENCODE_SIGNED ? encode_dynamic_signed(u, &e->form)
+                                      : encode_dynamic_unsigned(u, &e->form);
+}
+
+/* ---- 4-bit types.  Values of bnb_type4 that have an encoder. */
+enum { TYPE_FP4 = 1, TYPE_NF4 = 2 };
 
 /* The magnitude's position among 7 thresholds, translated to its code; bit 3 is u < 0. */
 static ALWAYS_INLINE vi encode_fp4(vf u, const struct tree4 *t)

@@ -16,8 +16,7 @@ struct NAME(block8) {
 };
 
 static ALWAYS_INLINE void NAME(update8)(const struct NAME(block8) * b, const struct bnb_optim_args *a, int rule,
-                                        int kind1, int kind2, const struct dynamic_tables *t1,
-                                        const struct dynamic_tables *t2)
+                                        const struct encoder8 *e1, const struct encoder8 *e2)
 {
     float state1[OPTIM_BLOCK], state2[OPTIM_BLOCK];
     const struct rule_scalars s = rule_load(&a->s);
@@ -42,18 +41,14 @@ static ALWAYS_INLINE void NAME(update8)(const struct NAME(block8) * b, const str
     }
     *b->absmax1 = vf_hmax(max1);
     *b->absmax2 = vf_hmax(max2);
-    encode_state(state1, *b->absmax1, &a->map1, kind1, t1, true, b->codes1);
-    encode_state(state2, *b->absmax2, &a->map2, kind2, t2, false, b->codes2);
+    encode_state(state1, *b->absmax1, &a->map1, e1, true, b->codes1);
+    encode_state(state2, *b->absmax2, &a->map2, e2, false, b->codes2);
 }
 
 static ALWAYS_INLINE void NAME(optim8_blocks)(const struct bnb_optim_args *a, int64_t first, int64_t end, int rule,
                                               int kind1, int kind2)
 {
-    struct dynamic_tables t1 = {0}, t2 = {0};
-    if (kind1 != ENCODE_SORTED)
-        t1 = dynamic_load(a->map1.form);
-    if (kind2 != ENCODE_SORTED)
-        t2 = dynamic_load(a->map2.form);
+    const struct encoder8 e1 = encoder8_load(&a->map1, kind1), e2 = encoder8_load(&a->map2, kind2);
     for (int64_t b = first; b < end; b++) {
         const int64_t low = b * OPTIM_BLOCK, n = a->n - low;
         struct NAME(block8) block = {(T *)a->p + low,
@@ -63,7 +58,7 @@ static ALWAYS_INLINE void NAME(optim8_blocks)(const struct bnb_optim_args *a, in
                                      a->absmax1 + b,
                                      a->absmax2 + b};
         if (n >= OPTIM_BLOCK) {
-            NAME(update8)(&block, a, rule, kind1, kind2, &t1, &t2);
+            NAME(update8)(&block, a, rule, &e1, &e2);
             continue;
         }
         T p[OPTIM_BLOCK] = {0}, g[OPTIM_BLOCK] = {0};
@@ -75,7 +70,7 @@ static ALWAYS_INLINE void NAME(optim8_blocks)(const struct bnb_optim_args *a, in
         memcpy(codes1, block.codes1, (size_t)n);
         memcpy(codes2, block.codes2, (size_t)n);
         const struct NAME(block8) padded = {p, g, codes1, codes2, block.absmax1, block.absmax2};
-        NAME(update8)(&padded, a, rule, kind1, kind2, &t1, &t2);
+        NAME(update8)(&padded, a, rule, &e1, &e2);
         memcpy(block.p, p, (size_t)n * sizeof(T));
         memcpy(block.codes1, codes1, (size_t)n);
         memcpy(block.codes2, codes2, (size_t)n);

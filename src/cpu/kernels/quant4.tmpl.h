@@ -11,7 +11,7 @@ static ALWAYS_INLINE void NAME(encode4_group)(const T *x, vf r, uint8_t *codes, 
     vi c[4];
     for (int k = 0; k < 4; k++) {
         const vf u = vf_mul(LOAD(x + k * VF_LANES), r);
-        c[k] = type == TYPE_NF4 ? encode_nf4(u, t) : encode_fp4(u, t);
+        c[k] = type == TYPE_NF4 ? tree4_count(u, t) : encode_fp4(u, t);
     }
     group_store_u4(codes, c);
 }

@@ -23,14 +23,13 @@ static ALWAYS_INLINE float NAME(block_absmax)(const T *restrict x, int64_t n)
     return vf_hmax(vf_max(m0, m1));
 }
 
-static ALWAYS_INLINE void NAME(encode8_group)(const T *x, vf r, uint8_t *codes, int kind, const float *midpoint,
-                                              const struct dynamic_tables *t)
+static ALWAYS_INLINE void NAME(encode8_group)(const T *x, vf r, uint8_t *codes, const struct encoder8 *e)
 {
     vi c[4];
     for (int k = 0; k < 4; k++) {
         const vf u = vf_mul(LOAD(x + k * VF_LANES), r);
         const vm nan = vf_is_nan(u);
-        c[k] = vi_where_not(nan, encode8(vf_select(nan, vf_set(0.0f), u), kind, midpoint, t));
+        c[k] = vi_where_not(nan, encode8(vf_select(nan, vf_set(0.0f), u), e));
     }
     group_store_u8(codes, c);
 }
@@ -38,10 +37,7 @@ static ALWAYS_INLINE void NAME(encode8_group)(const T *x, vf r, uint8_t *codes, 
 static ALWAYS_INLINE void NAME(quant8_blocks)(const struct bnb_quant8_args *a, int64_t first, int64_t end, int kind)
 {
     enum { GROUP = 4 * VF_LANES };
-    const float *midpoint = a->map.midpoint;
-    struct dynamic_tables t = {0};
-    if (kind != ENCODE_SORTED)
-        t = dynamic_load(a->map.form);
+    const struct encoder8 e = encoder8_load(&a->map, kind);
     for (int64_t b = first; b < end; b++) {
         const int64_t low = b * a->block, n = a->n - low < a->block ? a->n - low : a->block;
         const T *x = (const T *)a->x + low;
@@ -54,12 +50,12 @@ static ALWAYS_INLINE void NAME(quant8_blocks)(const struct bnb_quant8_args *a, i
         }
         int64_t i = 0;
         for (; i + GROUP <= n; i += GROUP)
-            NAME(encode8_group)(x + i, vf_set(r), codes + i, kind, midpoint, &t);
+            NAME(encode8_group)(x + i, vf_set(r), codes + i, &e);
         if (i < n) {
             T rest[GROUP] = {0};
             uint8_t out[GROUP];
             memcpy(rest, x + i, (size_t)(n - i) * sizeof(T));
-            NAME(encode8_group)(rest, vf_set(r), out, kind, midpoint, &t);
+            NAME(encode8_group)(rest, vf_set(r), out, &e);
             memcpy(codes + i, out, (size_t)(n - i));
         }
     }

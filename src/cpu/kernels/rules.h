@@ -54,8 +54,8 @@ static ALWAYS_INLINE void rule_keep(vm keep, const struct rule_state *before, st
  * Codes of one block of state.  Where is_signed, the chosen entry keeps the sign bit of the value: one step towards it
  * if they differ, so that a negative value never becomes 0 (NUMERICS rule 24).
  */
-static ALWAYS_INLINE void encode_state(const float *state, float absmax, const struct bnb_map8 *map, int kind,
-                                       const struct dynamic_tables *t, bool is_signed, uint8_t *codes)
+static ALWAYS_INLINE void encode_state(const float *state, float absmax, const struct bnb_map8 *map,
+                                       const struct encoder8 *e, bool is_signed, uint8_t *codes)
 {
     const float r = 1.0f / absmax;
     if (!(r <= FLT_MAX)) {
@@ -66,10 +66,10 @@ static ALWAYS_INLINE void encode_state(const float *state, float absmax, const s
         vi c[4];
         for (int k = 0; k < 4; k++) {
             const vf u = vf_mul(vf_load_f32(state + i + k * VF_LANES), vf_set(r));
-            c[k] = encode8(u, kind, map->midpoint, t);
-            if (is_signed && kind == ENCODE_SIGNED) /* only 0 can have the wrong sign */
+            c[k] = encode8(u, e);
+            if (is_signed && e->kind == ENCODE_SIGNED) /* only 0 can have the wrong sign */
                 c[k] = vi_add(c[k], vi_and(vi_sign(u), vi_of_mask(vi_eq(c[k], vi_set(127)))));
-            if (is_signed && kind == ENCODE_SORTED) {
+            if (is_signed && e->kind == ENCODE_SORTED) {
                 const vi entry = vi_sign(vf_gather(map->code, c[k])), value = vi_sign(u);
                 c[k] = vi_min(vi_max(vi_add(c[k], vi_sub(value, entry)), vi_set(0)), vi_set(255));
             }

@@ -85,6 +85,7 @@ static inline vi vi_sign(vf a) { return _mm256_srai_epi32(_mm256_castps_si256(a)
 static inline vi vi_bits(vf a) { return _mm256_castps_si256(a); }
 static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 static inline vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+static inline vi vi_mul16(vi a) { return _mm256_slli_epi32(a, 4); }
 static inline vi vi_xor(vi a, vi b) { return _mm256_xor_si256(a, b); }
 static inline vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 static inline vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }

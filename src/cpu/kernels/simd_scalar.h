@@ -57,6 +57,7 @@ static inline vi vi_sign(vf a) { return bnb_bits_of(a) >> 31 ? -1 : 0; }
 static inline vi vi_bits(vf a) { return (int32_t)bnb_bits_of(a); }
 static inline vi vi_add(vi a, vi b) { return a + b; }
 static inline vi vi_sub(vi a, vi b) { return a - b; }
+static inline vi vi_mul16(vi a) { return a * 16; }
 static inline vi vi_xor(vi a, vi b) { return a ^ b; }
 static inline vi vi_and(vi a, vi b) { return a & b; }
 static inline vi vi_or(vi a, vi b) { return a | b; }

@@ -1,0 +1,482 @@
+/*
+ * call.c - arguments off the stack, memory and tensors that live for one call, and its end
+ *
+ * Whatever is taken is entered at once into a list of the call, so that bnb_call_end() alone releases: after a
+ * success, after a refusal, after a failure in the middle of a list.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "call.h"
+
+struct bnb_chunk {
+    struct bnb_chunk *next;
+    max_align_t data[];
+};
+
+/* Copy `from` into `to` when the call has succeeded. */
+struct bnb_copy {
+    struct bnb_copy *next;
+    torch_tensor to, from;
+    struct bnb_label label;
+};
+
+/* Memory that the core has asked for. */
+struct bnb_workspace {
+    struct bnb_workspace *next;
+    torch_tensor handle;
+    void *ptr;
+};
+
+/* ---------------------------------------------------------------- ownership */
+
+static void own(struct bnb_call *c, torch_tensor handle)
+{
+    if (c->owned_count == c->owned_capacity) {
+        const size_t capacity = 4 * c->owned_capacity;
+        torch_tensor *grown = malloc(capacity * sizeof *grown);
+        if (!grown) {
+            bnb_shim.delete_tensor(handle);
+            bnb_call_fail(c, BNB_ENOMEM, "%s: out of memory for %zu arguments", c->op, capacity);
+            return;
+        }
+        memcpy(grown, c->owned, c->owned_count * sizeof *grown);
+        if (c->owned != c->few)
+            free(c->owned);
+        c->owned = grown;
+        c->owned_capacity = capacity;
+    }
+    c->owned[c->owned_count++] = handle;
+}
+
+/* The reason torch gave for its last failure, where the running torch can tell. */
+static const char *torch_reason(void)
+{
+    const char *reason = bnb_shim.reason ? bnb_shim.reason() : NULL;
+    return reason ? reason : "";
+}
+
+void *bnb_call_alloc(struct bnb_call *c, size_t count, size_t size)
+{
+    struct bnb_chunk *chunk = NULL;
+    if (!bnb_call_ok(c))
+        return NULL;
+    if (count <= (SIZE_MAX / 2) / size)
+        chunk = calloc(1, sizeof *chunk + count * size);
+    if (!chunk) {
+        bnb_call_fail(c, BNB_ENOMEM, "%s: out of memory for %zu arguments", c->op, count);
+        return NULL;
+    }
+    chunk->next = c->chunks;
+    c->chunks = chunk;
+    return chunk->data;
+}
+
+/* ---------------------------------------------------------------- the execution context */
+
+static void *workspace_alloc(void *context, size_t bytes)
+{
+    struct bnb_call *c = context;
+    const int64_t size = bytes ? (int64_t)bytes : 1, one = 1;
+    struct bnb_workspace *w = malloc(sizeof *w);
+    if (!w)
+        return NULL;
+    if (bnb_shim.empty(1, &size, &one, bnb_torch_dtypes[BNB_TORCH_uint8], c->first.device, c->first.device_index,
+                       &w->handle)) {
+        free(w);
+        return NULL;
+    }
+    if (bnb_shim.mutable_data(w->handle, &w->ptr)) {
+        bnb_shim.delete_tensor(w->handle);
+        free(w);
+        return NULL;
+    }
+    w->next = c->workspaces;
+    c->workspaces = w;
+    return w->ptr;
+}
+
+static void workspace_free(void *context, void *ptr, size_t bytes)
+{
+    struct bnb_call *c = context;
+    (void)bytes;
+    for (struct bnb_workspace **link = &c->workspaces; *link; link = &(*link)->next) {
+        struct bnb_workspace *w = *link;
+        if (w->ptr == ptr) {
+            *link = w->next;
+            bnb_shim.delete_tensor(w->handle);
+            free(w);
+            return;
+        }
+    }
+}
+
+struct range {
+    bnb_range_fn body;
+    void *arg;
+};
+
+static void run_range(int64_t begin, int64_t end, void *arg)
+{
+    const struct range *range = arg;
+    range->body(range->arg, begin, end);
+}
+
+/* On torch's own threads, so that torch.set_num_threads() holds.  torch's grain is a least size too. */
+static void parallel_for(void *context, int64_t n, int64_t grain, bnb_range_fn body, void *arg)
+{
+    struct bnb_call *c = context;
+    struct range range = { body, arg };
+    if (bnb_shim.parallel_for(0, n, grain, run_range, &range))
+        c->parallel_failed = true;
+}
+
+void bnb_call_begin(struct bnb_call *c, const char *op, torch_value *stack, uint64_t inputs, uint64_t expected)
+{
+    memset(c, 0, sizeof *c);
+    c->op = op;
+    c->stack = stack;
+    c->inputs = inputs == expected ? inputs : 0;
+    c->owned = c->few;
+    c->owned_capacity = BNB_CALL_INLINE;
+    c->exec = (bnb_exec){ .size = sizeof(bnb_exec),
+                          .context = c,
+                          .alloc = workspace_alloc,
+                          .free = workspace_free,
+                          .parallel_for = parallel_for };
+    if (!c->inputs)
+        bnb_call_fail(c, BNB_EDEVICE, "%s: torch hands over %llu arguments, this library takes %llu: the Python "
+                      "package and the library differ in version",
+                      op, (unsigned long long)inputs, (unsigned long long)expected);
+}
+
+/* The first tensor of a call says where the call runs. */
+static void set_device(struct bnb_call *c, const struct bnb_tensor *t)
+{
+    c->first = *t;
+    if (t->device == bnb_shim.device_cuda()) {
+        c->exec.device = BNB_CUDA;
+        c->exec.ordinal = t->device_index;
+        if (bnb_shim.cuda_stream && bnb_shim.cuda_stream(t->device_index, &c->exec.stream))
+            bnb_call_fail(c, BNB_EDEVICE, "%s: torch gives no stream for cuda:%d. %s", c->op, t->device_index,
+                          torch_reason());
+    } else if (t->device != bnb_shim.device_cpu()) {
+        bnb_call_fail(c, BNB_EDEVICE, "%s: %s is on device type %d, expected the CPU or a CUDA device", c->op,
+                      t->name, t->device);
+    }
+}
+
+static struct bnb_label device_label(const struct bnb_tensor *t)
+{
+    struct bnb_label label;
+    if (t->device == bnb_shim.device_cpu())
+        snprintf(label.text, sizeof label.text, "cpu");
+    else if (t->device == bnb_shim.device_cuda())
+        snprintf(label.text, sizeof label.text, "cuda:%d", t->device_index);
+    else
+        snprintf(label.text, sizeof label.text, "device type %d", t->device);
+    return label;
+}
+
+/* Read what torch knows of a handle that the call owns. */
+static void describe(struct bnb_call *c, struct bnb_tensor *t)
+{
+    int64_t *sizes = NULL, *strides = NULL;
+    if (bnb_shim.dtype(t->handle, &t->dtype) || bnb_shim.device(t->handle, &t->device) ||
+        bnb_shim.device_index(t->handle, &t->device_index) || bnb_shim.dim(t->handle, &t->dim) ||
+        bnb_shim.numel(t->handle, &t->n) || bnb_shim.sizes(t->handle, &sizes) ||
+        bnb_shim.strides(t->handle, &strides) || bnb_shim.is_contiguous(t->handle, &t->contiguous)) {
+        bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot describe %s: it is not an ordinary strided tensor. %s", c->op,
+                      bnb_label(t).text, torch_reason());
+        return;
+    }
+    t->sizes = sizes;
+    t->strides = strides;
+    t->present = true;
+}
+
+/* ---------------------------------------------------------------- takers */
+
+static torch_value take(struct bnb_call *c)
+{
+    return c->taken < c->inputs ? c->stack[c->taken++] : 0;
+}
+
+static struct bnb_tensor tensor_of(struct bnb_call *c, torch_value value, const char *name, int64_t index)
+{
+    struct bnb_tensor t = { .name = name, .index = index, .handle = (torch_tensor)(uintptr_t)value };
+    if (!t.handle)
+        return t;
+    own(c, t.handle);
+    if (!bnb_call_ok(c))
+        return t;
+    describe(c, &t);
+    if (!t.present)
+        return t;
+    if (!c->first.present)
+        set_device(c, &t);
+    else if (t.device != c->first.device || t.device_index != c->first.device_index)
+        bnb_call_fail(c, BNB_EINVAL, "%s: %s is on %s, expected %s, where %s is", c->op, bnb_label(&t).text,
+                      device_label(&t).text, device_label(&c->first).text, bnb_label(&c->first).text);
+    return t;
+}
+
+struct bnb_tensor bnb_take_tensor(struct bnb_call *c, const char *name)
+{
+    return tensor_of(c, take(c), name, -1);
+}
+
+struct bnb_tensor bnb_take_optional(struct bnb_call *c, const char *name)
+{
+    torch_value *box = (torch_value *)(uintptr_t)take(c);
+    torch_value value = 0;
+    if (box) {
+        value = *box;
+        if (bnb_shim.delete_box)
+            bnb_shim.delete_box(box);
+        else
+            bnb_shim.operator_delete(box);
+    }
+    return tensor_of(c, value, name, -1);
+}
+
+/* A list owns its items only as numbers: each must be taken, whatever happened before. */
+struct bnb_tensors bnb_take_tensors(struct bnb_call *c, const char *name)
+{
+    torch_list list = (torch_list)(uintptr_t)take(c);
+    struct bnb_tensors tensors = { NULL, 0 };
+    size_t count = 0;
+    if (!list)
+        return tensors;
+    bnb_shim.list_size(list, &count);
+    tensors.items = bnb_call_alloc(c, count, sizeof *tensors.items);
+    for (size_t i = 0; i < count; i++) {
+        torch_value value = 0;
+        bnb_shim.list_item(list, i, &value);
+        const struct bnb_tensor t = tensor_of(c, value, name, (int64_t)i);
+        if (tensors.items)
+            tensors.items[i] = t;
+    }
+    bnb_shim.delete_list(list);
+    if (tensors.items)
+        tensors.count = count;
+    return tensors;
+}
+
+struct bnb_ints bnb_take_ints(struct bnb_call *c)
+{
+    torch_list list = (torch_list)(uintptr_t)take(c);
+    struct bnb_ints ints = { NULL, 0 };
+    size_t count = 0;
+    if (!list)
+        return ints;
+    bnb_shim.list_size(list, &count);
+    int64_t *values = bnb_call_alloc(c, count, sizeof *values);
+    for (size_t i = 0; values && i < count; i++) {
+        torch_value value = 0;
+        bnb_shim.list_item(list, i, &value);
+        values[i] = (int64_t)value;
+    }
+    bnb_shim.delete_list(list);
+    if (values) {
+        ints.values = values;
+        ints.count = count;
+    }
+    return ints;
+}
+
+int64_t bnb_take_int(struct bnb_call *c)
+{
+    return (int64_t)take(c);
+}
+
+double bnb_take_float(struct bnb_call *c)
+{
+    const torch_value bits = take(c);
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+bool bnb_take_bool(struct bnb_call *c)
+{
+    return (take(c) & 0xff) != 0;
+}
+
+int32_t bnb_take_dtype(struct bnb_call *c)
+{
+    return (int32_t)(uint32_t)take(c);
+}
+
+/* The text goes into messages, which must stay valid UTF-8 wherever they are cut: hence ASCII. */
+const char *bnb_take_string(struct bnb_call *c)
+{
+    torch_string string = (torch_string)(uintptr_t)take(c);
+    const char *text = "";
+    if (!string)
+        return c->string;
+    if (bnb_shim.string_text(string, &text))
+        text = "";
+    size_t i = 0;
+    for (; i + 1 < sizeof c->string && text[i]; i++)
+        c->string[i] = (char)(text[i] >= ' ' && text[i] <= '~' ? text[i] : '?');
+    c->string[i] = '\0';
+    bnb_shim.delete_string(string);
+    return c->string;
+}
+
+/* ---------------------------------------------------------------- new tensors */
+
+/* Row-major strides of a shape; NULL on failure. */
+static const int64_t *row_major(struct bnb_call *c, const char *name, struct bnb_ints shape)
+{
+    int64_t *strides = bnb_call_alloc(c, shape.count + 1, sizeof *strides);
+    int64_t stride = 1;
+    for (size_t i = shape.count; strides && i-- > 0;) {
+        strides[i] = stride;
+        if (__builtin_mul_overflow(stride, shape.values[i] > 1 ? shape.values[i] : 1, &stride)) {
+            bnb_call_fail(c, BNB_EINVAL, "%s: the shape of %s has more than 2^63 - 1 elements", c->op, name);
+            return NULL;
+        }
+    }
+    return strides;
+}
+
+struct bnb_tensor bnb_new_strided(struct bnb_call *c, const char *name, struct bnb_ints shape, const int64_t *strides,
+                                  int32_t dtype)
+{
+    struct bnb_tensor t = { .name = name, .index = -1 };
+    static const int64_t none[1];
+    if (!bnb_call_ok(c))
+        return t;
+    if (bnb_shim.empty((int64_t)shape.count, shape.count ? shape.values : none, shape.count ? strides : none, dtype,
+                       c->first.device, c->first.device_index, &t.handle)) {
+        bnb_call_fail(c, BNB_ENOMEM, "%s: %s out of memory for %s. %s", c->op,
+                      c->exec.device == BNB_CUDA ? "CUDA" : "CPU", name, torch_reason());
+        return t;
+    }
+    own(c, t.handle);
+    if (bnb_call_ok(c))
+        describe(c, &t);
+    return t;
+}
+
+struct bnb_tensor bnb_new_tensor(struct bnb_call *c, const char *name, struct bnb_ints shape, int32_t dtype)
+{
+    return bnb_new_strided(c, name, shape, row_major(c, name, shape), dtype);
+}
+
+/* Copy without a trace in autograd. */
+static bool copy(torch_tensor to, torch_tensor from)
+{
+    const bool grad = bnb_shim.grad_mode();
+    bnb_shim.set_grad_mode(false);
+    const torch_error error = bnb_shim.copy(to, from, 0);
+    bnb_shim.set_grad_mode(grad);
+    return error == 0;
+}
+
+/* The same elements in the same places?  The stride of a dimension of size 1 says nothing. */
+static bool same_strides(const struct bnb_tensor *t, const int64_t *strides)
+{
+    for (int64_t i = 0; i < t->dim; i++)
+        if (t->sizes[i] != 1 && t->strides[i] != strides[i])
+            return false;
+    return true;
+}
+
+void bnb_call_stage(struct bnb_call *c, struct bnb_tensor *t, const int64_t *strides, unsigned use)
+{
+    if (!bnb_call_ok(c) || !t->present || t->n == 0 || (strides ? same_strides(t, strides) : t->contiguous))
+        return;
+    for (int64_t i = 0; (use & BNB_STAGE_WRITE) && i < t->dim; i++)
+        if (t->strides[i] == 0 && t->sizes[i] > 1)
+            bnb_call_fail(c, BNB_EINVAL, "%s: %s is written but has stride 0 in dimension %lld, expected elements "
+                          "that do not overlap",
+                          c->op, bnb_label(t).text, (long long)i);
+
+    const struct bnb_ints shape = bnb_sizes_of(t);
+    struct bnb_tensor temporary =
+        strides ? bnb_new_strided(c, t->name, shape, strides, t->dtype) : bnb_new_tensor(c, t->name, shape, t->dtype);
+    temporary.index = t->index;
+    if (bnb_call_ok(c) && (use & BNB_STAGE_READ) && !copy(temporary.handle, t->handle))
+        bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot copy %s. %s", c->op, bnb_label(t).text, torch_reason());
+    if (use & BNB_STAGE_WRITE) {
+        struct bnb_copy *back = bnb_call_alloc(c, 1, sizeof *back);
+        if (back) {
+            *back = (struct bnb_copy){ c->copies, t->handle, temporary.handle, bnb_label(t) };
+            c->copies = back;
+        }
+    }
+    *t = temporary;
+}
+
+/* ---------------------------------------------------------------- data and results */
+
+/* torch gives NULL for a tensor without elements, the core wants a pointer for every buffer. */
+static int64_t nothing[1];
+
+const void *bnb_read(struct bnb_call *c, const struct bnb_tensor *t)
+{
+    const void *data = NULL;
+    if (bnb_call_ok(c) && bnb_shim.const_data(t->handle, &data))
+        bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot give the data of %s. %s", c->op, bnb_label(t).text,
+                      torch_reason());
+    return bnb_call_ok(c) && t->n == 0 ? nothing : data;
+}
+
+void *bnb_write(struct bnb_call *c, const struct bnb_tensor *t)
+{
+    void *data = NULL;
+    if (bnb_call_ok(c) && bnb_shim.mutable_data(t->handle, &data))
+        bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot give the data of %s. %s", c->op, bnb_label(t).text,
+                      torch_reason());
+    return bnb_call_ok(c) && t->n == 0 ? nothing : data;
+}
+
+void bnb_give(struct bnb_call *c, const struct bnb_tensor *t)
+{
+    for (size_t i = 0; bnb_call_ok(c) && i < c->owned_count; i++) {
+        if (c->owned[i] == t->handle) {
+            c->owned[i] = c->owned[--c->owned_count];
+            c->results[c->result_count++] = t->handle;
+            return;
+        }
+    }
+}
+
+static void release(struct bnb_call *c)
+{
+    for (size_t i = 0; i < c->owned_count; i++)
+        bnb_shim.delete_tensor(c->owned[i]);
+    if (c->owned != c->few)
+        free(c->owned);
+    while (c->workspaces)
+        workspace_free(c, c->workspaces->ptr, 0);
+    while (c->chunks) {
+        struct bnb_chunk *chunk = c->chunks;
+        c->chunks = chunk->next;
+        free(chunk);
+    }
+}
+
+void bnb_call_end(struct bnb_call *c)
+{
+    if (c->parallel_failed)
+        bnb_call_fail(c, BNB_EDEVICE, "%s: torch_parallel_for failed. %s", c->op, torch_reason());
+    for (const struct bnb_copy *back = c->copies; back && bnb_call_ok(c); back = back->next)
+        if (!copy(back->to, back->from))
+            bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot copy the result into %s. %s", c->op, back->label.text,
+                          torch_reason());
+    const bool ok = bnb_call_ok(c);
+    for (size_t i = 0; i < c->result_count; i++) {
+        if (ok)
+            c->stack[i] = (torch_value)(uintptr_t)c->results[i];
+        else
+            bnb_shim.delete_tensor(c->results[i]);
+    }
+    release(c);
+    if (!ok)
+        bnb_shim.check(false, c->op, __FILE__, __LINE__, bnb_detail());
+}

@@ -1,0 +1,31 @@
+/*
+ * ops.h - the operators of the library: one row each, registered by register.c for every device
+ *
+ * The schemas, which Python defines (python/bitsandbytes/_ops.py), fix the order of the arguments on the stack.
+ */
+#ifndef BNB_TORCH_OPS_H
+#define BNB_TORCH_OPS_H
+
+#include "shim.h"
+
+/* X(name in the schema, C function) */
+#define BNB_TORCH_OPS(X)                                                       \
+    X("quantize_blockwise", bnb_op_quantize_blockwise)                         \
+    X("dequantize_blockwise", bnb_op_dequantize_blockwise)                     \
+    X("dequantize_blockwise.out", bnb_op_dequantize_blockwise_out)             \
+    X("quantize_4bit", bnb_op_quantize_4bit)                                   \
+    X("dequantize_4bit", bnb_op_dequantize_4bit)                               \
+    X("dequantize_4bit.out", bnb_op_dequantize_4bit_out)                       \
+    X("_dequantize_4bit_nested", bnb_op_dequantize_4bit_nested)                \
+    X("_quantize_scales", bnb_op_quantize_scales)                              \
+    X("_dequantize_scales", bnb_op_dequantize_scales)                          \
+    X("_estimate_quantiles", bnb_op_estimate_quantiles)                        \
+    X("optimizer_update_32bit", bnb_op_optimizer_update_32bit)                 \
+    X("optimizer_update_8bit_blockwise", bnb_op_optimizer_update_8bit_blockwise) \
+    X("_optimizer_step", bnb_op_optimizer_step)
+
+#define X(name, function) void function(torch_value *stack, uint64_t inputs, uint64_t outputs);
+BNB_TORCH_OPS(X)
+#undef X
+
+#endif
