@@ -11,23 +11,32 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-/* Bits 1 and 2 of XCR0: the operating system saves the xmm and ymm registers. */
-static bool os_saves_ymm(void)
+/* Bits of XCR0: the registers that the operating system saves. */
+enum { YMM_SAVED = 0x06, ZMM_SAVED = 0xe6 };
+
+static unsigned saved_registers(void)
 {
     unsigned low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (low & 6u) == 6u;
+    return low;
+}
+
+static bool has_all(unsigned value, unsigned bits)
+{
+    return (value & bits) == bits;
 }
 
 unsigned bnb_cpu_features(void)
 {
-    const unsigned fma = 1u << 12, osxsave = 1u << 27, f16c = 1u << 29, avx2 = 1u << 5;
+    const unsigned fma = 1u << 12, osxsave = 1u << 27, f16c = 1u << 29; /* leaf 1, ecx */
+    const unsigned avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* leaf 7, ebx: F, DQ, BW, VL */
     unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (fma | osxsave | f16c)) != (fma | osxsave | f16c) || !os_saves_ymm())
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !has_all(c, fma | osxsave | f16c))
         return 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & avx2))
+    const unsigned saved = saved_registers();
+    if (!has_all(saved, YMM_SAVED) || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has_all(b, avx2))
         return 0;
-    return BNB_CPU_AVX2;
+    return BNB_CPU_AVX2 | (has_all(saved, ZMM_SAVED) && has_all(b, avx512) ? (unsigned)BNB_CPU_AVX512 : 0u);
 }
 #else
 unsigned bnb_cpu_features(void)
@@ -38,6 +47,7 @@ unsigned bnb_cpu_features(void)
 
 const struct bnb_cpu_ops *const bnb_cpu_all[] = {
 #if defined(__x86_64__)
+    &bnb_cpu_ops_avx512,
     &bnb_cpu_ops_avx2,
 #endif
     &bnb_cpu_ops_scalar,

@@ -1,7 +1,7 @@
 /*
- * call.c - arguments off the stack, memory and tensors that live for one call, and its end
+ * call.c - memory and tensors that live for one call, the execution context it hands to the core, and its end
  *
- * Whatever is taken is entered at once into a list of the call, so that bnb_call_end() alone releases: after a
+ * Whatever the call owns is entered at once into a list of the call, so that bnb_call_end() alone releases: after a
  * success, after a refusal, after a failure in the middle of a list.
  */
 #include <stdio.h>
@@ -31,7 +31,7 @@ struct bnb_workspace {
 
 /* ---------------------------------------------------------------- ownership */
 
-static void own(struct bnb_call *c, torch_tensor handle)
+void bnb_call_own(struct bnb_call *c, torch_tensor handle)
 {
     if (c->owned_count == c->owned_capacity) {
         const size_t capacity = 4 * c->owned_capacity;
@@ -50,8 +50,7 @@ static void own(struct bnb_call *c, torch_tensor handle)
     c->owned[c->owned_count++] = handle;
 }
 
-/* The reason torch gave for its last failure, where the running torch can tell. */
-static const char *torch_reason(void)
+const char *bnb_torch_reason(void)
 {
     const char *reason = bnb_shim.reason ? bnb_shim.reason() : NULL;
     return reason ? reason : "";
@@ -127,9 +126,25 @@ static void run_range(int64_t begin, int64_t end, void *arg)
 static void parallel_for(void *context, int64_t n, int64_t grain, bnb_range_fn body, void *arg)
 {
     struct bnb_call *c = context;
-    struct range range = { body, arg };
+    struct range range = {body, arg};
     if (bnb_shim.parallel_for(0, n, grain, run_range, &range))
         c->parallel_failed = true;
+}
+
+void bnb_call_describe(struct bnb_call *c, struct bnb_tensor *t)
+{
+    int64_t *sizes = NULL, *strides = NULL;
+    if (bnb_shim.dtype(t->handle, &t->dtype) || bnb_shim.device(t->handle, &t->device) ||
+        bnb_shim.device_index(t->handle, &t->device_index) || bnb_shim.dim(t->handle, &t->dim) ||
+        bnb_shim.numel(t->handle, &t->n) || bnb_shim.sizes(t->handle, &sizes) ||
+        bnb_shim.strides(t->handle, &strides) || bnb_shim.is_contiguous(t->handle, &t->contiguous)) {
+        bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot describe %s: it is not an ordinary strided tensor. %s", c->op,
+                      bnb_label(t).text, bnb_torch_reason());
+        return;
+    }
+    t->sizes = sizes;
+    t->strides = strides;
+    t->present = true;
 }
 
 void bnb_call_begin(struct bnb_call *c, const char *op, torch_value *stack, uint64_t inputs, uint64_t expected)
@@ -140,190 +155,16 @@ void bnb_call_begin(struct bnb_call *c, const char *op, torch_value *stack, uint
     c->inputs = inputs == expected ? inputs : 0;
     c->owned = c->few;
     c->owned_capacity = BNB_CALL_INLINE;
-    c->exec = (bnb_exec){ .size = sizeof(bnb_exec),
-                          .context = c,
-                          .alloc = workspace_alloc,
-                          .free = workspace_free,
-                          .parallel_for = parallel_for };
+    c->exec = (bnb_exec){.size = sizeof(bnb_exec),
+                         .context = c,
+                         .alloc = workspace_alloc,
+                         .free = workspace_free,
+                         .parallel_for = parallel_for};
     if (!c->inputs)
-        bnb_call_fail(c, BNB_EDEVICE, "%s: torch hands over %llu arguments, this library takes %llu: the Python "
+        bnb_call_fail(c, BNB_EDEVICE,
+                      "%s: torch hands over %llu arguments, this library takes %llu: the Python "
                       "package and the library differ in version",
                       op, (unsigned long long)inputs, (unsigned long long)expected);
-}
-
-/* The first tensor of a call says where the call runs. */
-static void set_device(struct bnb_call *c, const struct bnb_tensor *t)
-{
-    c->first = *t;
-    if (t->device == bnb_shim.device_cuda()) {
-        c->exec.device = BNB_CUDA;
-        c->exec.ordinal = t->device_index;
-        if (bnb_shim.cuda_stream && bnb_shim.cuda_stream(t->device_index, &c->exec.stream))
-            bnb_call_fail(c, BNB_EDEVICE, "%s: torch gives no stream for cuda:%d. %s", c->op, t->device_index,
-                          torch_reason());
-    } else if (t->device != bnb_shim.device_cpu()) {
-        bnb_call_fail(c, BNB_EDEVICE, "%s: %s is on device type %d, expected the CPU or a CUDA device", c->op,
-                      t->name, t->device);
-    }
-}
-
-static struct bnb_label device_label(const struct bnb_tensor *t)
-{
-    struct bnb_label label;
-    if (t->device == bnb_shim.device_cpu())
-        snprintf(label.text, sizeof label.text, "cpu");
-    else if (t->device == bnb_shim.device_cuda())
-        snprintf(label.text, sizeof label.text, "cuda:%d", t->device_index);
-    else
-        snprintf(label.text, sizeof label.text, "device type %d", t->device);
-    return label;
-}
-
-/* Read what torch knows of a handle that the call owns. */
-static void describe(struct bnb_call *c, struct bnb_tensor *t)
-{
-    int64_t *sizes = NULL, *strides = NULL;
-    if (bnb_shim.dtype(t->handle, &t->dtype) || bnb_shim.device(t->handle, &t->device) ||
-        bnb_shim.device_index(t->handle, &t->device_index) || bnb_shim.dim(t->handle, &t->dim) ||
-        bnb_shim.numel(t->handle, &t->n) || bnb_shim.sizes(t->handle, &sizes) ||
-        bnb_shim.strides(t->handle, &strides) || bnb_shim.is_contiguous(t->handle, &t->contiguous)) {
-        bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot describe %s: it is not an ordinary strided tensor. %s", c->op,
-                      bnb_label(t).text, torch_reason());
-        return;
-    }
-    t->sizes = sizes;
-    t->strides = strides;
-    t->present = true;
-}
-
-/* ---------------------------------------------------------------- takers */
-
-static torch_value take(struct bnb_call *c)
-{
-    return c->taken < c->inputs ? c->stack[c->taken++] : 0;
-}
-
-static struct bnb_tensor tensor_of(struct bnb_call *c, torch_value value, const char *name, int64_t index)
-{
-    struct bnb_tensor t = { .name = name, .index = index, .handle = (torch_tensor)(uintptr_t)value };
-    if (!t.handle)
-        return t;
-    own(c, t.handle);
-    if (!bnb_call_ok(c))
-        return t;
-    describe(c, &t);
-    if (!t.present)
-        return t;
-    if (!c->first.present)
-        set_device(c, &t);
-    else if (t.device != c->first.device || t.device_index != c->first.device_index)
-        bnb_call_fail(c, BNB_EINVAL, "%s: %s is on %s, expected %s, where %s is", c->op, bnb_label(&t).text,
-                      device_label(&t).text, device_label(&c->first).text, bnb_label(&c->first).text);
-    return t;
-}
-
-struct bnb_tensor bnb_take_tensor(struct bnb_call *c, const char *name)
-{
-    return tensor_of(c, take(c), name, -1);
-}
-
-struct bnb_tensor bnb_take_optional(struct bnb_call *c, const char *name)
-{
-    torch_value *box = (torch_value *)(uintptr_t)take(c);
-    torch_value value = 0;
-    if (box) {
-        value = *box;
-        if (bnb_shim.delete_box)
-            bnb_shim.delete_box(box);
-        else
-            bnb_shim.operator_delete(box);
-    }
-    return tensor_of(c, value, name, -1);
-}
-
-/* A list owns its items only as numbers: each must be taken, whatever happened before. */
-struct bnb_tensors bnb_take_tensors(struct bnb_call *c, const char *name)
-{
-    torch_list list = (torch_list)(uintptr_t)take(c);
-    struct bnb_tensors tensors = { NULL, 0 };
-    size_t count = 0;
-    if (!list)
-        return tensors;
-    bnb_shim.list_size(list, &count);
-    tensors.items = bnb_call_alloc(c, count, sizeof *tensors.items);
-    for (size_t i = 0; i < count; i++) {
-        torch_value value = 0;
-        bnb_shim.list_item(list, i, &value);
-        const struct bnb_tensor t = tensor_of(c, value, name, (int64_t)i);
-        if (tensors.items)
-            tensors.items[i] = t;
-    }
-    bnb_shim.delete_list(list);
-    if (tensors.items)
-        tensors.count = count;
-    return tensors;
-}
-
-struct bnb_ints bnb_take_ints(struct bnb_call *c)
-{
-    torch_list list = (torch_list)(uintptr_t)take(c);
-    struct bnb_ints ints = { NULL, 0 };
-    size_t count = 0;
-    if (!list)
-        return ints;
-    bnb_shim.list_size(list, &count);
-    int64_t *values = bnb_call_alloc(c, count, sizeof *values);
-    for (size_t i = 0; values && i < count; i++) {
-        torch_value value = 0;
-        bnb_shim.list_item(list, i, &value);
-        values[i] = (int64_t)value;
-    }
-    bnb_shim.delete_list(list);
-    if (values) {
-        ints.values = values;
-        ints.count = count;
-    }
-    return ints;
-}
-
-int64_t bnb_take_int(struct bnb_call *c)
-{
-    return (int64_t)take(c);
-}
-
-double bnb_take_float(struct bnb_call *c)
-{
-    const torch_value bits = take(c);
-    double value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-bool bnb_take_bool(struct bnb_call *c)
-{
-    return (take(c) & 0xff) != 0;
-}
-
-int32_t bnb_take_dtype(struct bnb_call *c)
-{
-    return (int32_t)(uint32_t)take(c);
-}
-
-/* The text goes into messages, which must stay valid UTF-8 wherever they are cut: hence ASCII. */
-const char *bnb_take_string(struct bnb_call *c)
-{
-    torch_string string = (torch_string)(uintptr_t)take(c);
-    const char *text = "";
-    if (!string)
-        return c->string;
-    if (bnb_shim.string_text(string, &text))
-        text = "";
-    size_t i = 0;
-    for (; i + 1 < sizeof c->string && text[i]; i++)
-        c->string[i] = (char)(text[i] >= ' ' && text[i] <= '~' ? text[i] : '?');
-    c->string[i] = '\0';
-    bnb_shim.delete_string(string);
-    return c->string;
 }
 
 /* ---------------------------------------------------------------- new tensors */
@@ -346,19 +187,19 @@ static const int64_t *row_major(struct bnb_call *c, const char *name, struct bnb
 struct bnb_tensor bnb_new_strided(struct bnb_call *c, const char *name, struct bnb_ints shape, const int64_t *strides,
                                   int32_t dtype)
 {
-    struct bnb_tensor t = { .name = name, .index = -1 };
+    struct bnb_tensor t = {.name = name, .index = -1};
     static const int64_t none[1];
     if (!bnb_call_ok(c))
         return t;
     if (bnb_shim.empty((int64_t)shape.count, shape.count ? shape.values : none, shape.count ? strides : none, dtype,
                        c->first.device, c->first.device_index, &t.handle)) {
         bnb_call_fail(c, BNB_ENOMEM, "%s: %s out of memory for %s. %s", c->op,
-                      c->exec.device == BNB_CUDA ? "CUDA" : "CPU", name, torch_reason());
+                      c->exec.device == BNB_CUDA ? "CUDA" : "CPU", name, bnb_torch_reason());
         return t;
     }
-    own(c, t.handle);
+    bnb_call_own(c, t.handle);
     if (bnb_call_ok(c))
-        describe(c, &t);
+        bnb_call_describe(c, &t);
     return t;
 }
 
@@ -392,7 +233,8 @@ void bnb_call_stage(struct bnb_call *c, struct bnb_tensor *t, const int64_t *str
         return;
     for (int64_t i = 0; (use & BNB_STAGE_WRITE) && i < t->dim; i++)
         if (t->strides[i] == 0 && t->sizes[i] > 1)
-            bnb_call_fail(c, BNB_EINVAL, "%s: %s is written but has stride 0 in dimension %lld, expected elements "
+            bnb_call_fail(c, BNB_EINVAL,
+                          "%s: %s is written but has stride 0 in dimension %lld, expected elements "
                           "that do not overlap",
                           c->op, bnb_label(t).text, (long long)i);
 
@@ -401,11 +243,11 @@ void bnb_call_stage(struct bnb_call *c, struct bnb_tensor *t, const int64_t *str
         strides ? bnb_new_strided(c, t->name, shape, strides, t->dtype) : bnb_new_tensor(c, t->name, shape, t->dtype);
     temporary.index = t->index;
     if (bnb_call_ok(c) && (use & BNB_STAGE_READ) && !copy(temporary.handle, t->handle))
-        bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot copy %s. %s", c->op, bnb_label(t).text, torch_reason());
+        bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot copy %s. %s", c->op, bnb_label(t).text, bnb_torch_reason());
     if (use & BNB_STAGE_WRITE) {
         struct bnb_copy *back = bnb_call_alloc(c, 1, sizeof *back);
         if (back) {
-            *back = (struct bnb_copy){ c->copies, t->handle, temporary.handle, bnb_label(t) };
+            *back = (struct bnb_copy){c->copies, t->handle, temporary.handle, bnb_label(t)};
             c->copies = back;
         }
     }
@@ -422,7 +264,7 @@ const void *bnb_read(struct bnb_call *c, const struct bnb_tensor *t)
     const void *data = NULL;
     if (bnb_call_ok(c) && bnb_shim.const_data(t->handle, &data))
         bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot give the data of %s. %s", c->op, bnb_label(t).text,
-                      torch_reason());
+                      bnb_torch_reason());
     return bnb_call_ok(c) && t->n == 0 ? nothing : data;
 }
 
@@ -431,7 +273,7 @@ void *bnb_write(struct bnb_call *c, const struct bnb_tensor *t)
     void *data = NULL;
     if (bnb_call_ok(c) && bnb_shim.mutable_data(t->handle, &data))
         bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot give the data of %s. %s", c->op, bnb_label(t).text,
-                      torch_reason());
+                      bnb_torch_reason());
     return bnb_call_ok(c) && t->n == 0 ? nothing : data;
 }
 
@@ -464,11 +306,11 @@ static void release(struct bnb_call *c)
 void bnb_call_end(struct bnb_call *c)
 {
     if (c->parallel_failed)
-        bnb_call_fail(c, BNB_EDEVICE, "%s: torch_parallel_for failed. %s", c->op, torch_reason());
+        bnb_call_fail(c, BNB_EDEVICE, "%s: torch_parallel_for failed. %s", c->op, bnb_torch_reason());
     for (const struct bnb_copy *back = c->copies; back && bnb_call_ok(c); back = back->next)
         if (!copy(back->to, back->from))
             bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot copy the result into %s. %s", c->op, back->label.text,
-                          torch_reason());
+                          bnb_torch_reason());
     const bool ok = bnb_call_ok(c);
     for (size_t i = 0; i < c->result_count; i++) {
         if (ok)

@@ -59,13 +59,20 @@ struct bnb_call {
 };
 
 /* The text of a tensor for a message: "p", "p[3]".  Use: bnb_label(&t).text */
-struct bnb_label {
-    char text[48];
-};
+struct bnb_label { char text[48]; };
 struct bnb_label bnb_label(const struct bnb_tensor *t);
 struct bnb_label bnb_dtype_label(int32_t dtype);
 
+/* The reason torch gave for its last failure; "" where the running torch cannot tell. */
+const char *bnb_torch_reason(void);
+
 void bnb_call_begin(struct bnb_call *c, const char *op, torch_value *stack, uint64_t inputs, uint64_t expected);
+
+/* The call releases `handle` at its end. */
+void bnb_call_own(struct bnb_call *c, torch_tensor handle);
+
+/* Fill *t, whose handle the call owns, with what torch knows of it. */
+void bnb_call_describe(struct bnb_call *c, struct bnb_tensor *t);
 
 /* Takers, in the order of the schema.  The type of the argument must be the schema's. */
 struct bnb_tensor bnb_take_tensor(struct bnb_call *c, const char *name);
@@ -124,7 +131,7 @@ void bnb_call_end(struct bnb_call *c);
 
 static inline struct bnb_ints bnb_sizes_of(const struct bnb_tensor *t)
 {
-    return (struct bnb_ints){ t->sizes, (size_t)t->dim };
+    return (struct bnb_ints){t->sizes, (size_t)t->dim};
 }
 
 #endif

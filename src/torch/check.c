@@ -101,8 +101,8 @@ void bnb_check_out(struct bnb_call *c, const struct bnb_tensor *out, struct bnb_
         bnb_call_fail(c, BNB_EDTYPE, "%s: %s has dtype %s, expected %s", c->op, out->name,
                       bnb_dtype_label(out->dtype).text, bnb_dtype_label(dtype).text);
     if (out->dim != (int64_t)shape.count)
-        bnb_call_fail(c, BNB_EINVAL, "%s: %s has %lld dimensions, expected %zu", c->op, out->name,
-                      (long long)out->dim, shape.count);
+        bnb_call_fail(c, BNB_EINVAL, "%s: %s has %lld dimensions, expected %zu", c->op, out->name, (long long)out->dim,
+                      shape.count);
     for (size_t i = 0; bnb_call_ok(c) && i < shape.count; i++)
         if (out->sizes[i] != shape.values[i])
             bnb_call_fail(c, BNB_EINVAL, "%s: %s has size %lld in dimension %zu, expected %lld", c->op, out->name,

@@ -9,18 +9,18 @@
 #include "shim.h"
 
 /* X(name in the schema, C function) */
-#define BNB_TORCH_OPS(X)                                                       \
-    X("quantize_blockwise", bnb_op_quantize_blockwise)                         \
-    X("dequantize_blockwise", bnb_op_dequantize_blockwise)                     \
-    X("dequantize_blockwise.out", bnb_op_dequantize_blockwise_out)             \
-    X("quantize_4bit", bnb_op_quantize_4bit)                                   \
-    X("dequantize_4bit", bnb_op_dequantize_4bit)                               \
-    X("dequantize_4bit.out", bnb_op_dequantize_4bit_out)                       \
-    X("_dequantize_4bit_nested", bnb_op_dequantize_4bit_nested)                \
-    X("_quantize_scales", bnb_op_quantize_scales)                              \
-    X("_dequantize_scales", bnb_op_dequantize_scales)                          \
-    X("_estimate_quantiles", bnb_op_estimate_quantiles)                        \
-    X("optimizer_update_32bit", bnb_op_optimizer_update_32bit)                 \
+#define BNB_TORCH_OPS(X)                                                         \
+    X("quantize_blockwise", bnb_op_quantize_blockwise)                           \
+    X("dequantize_blockwise", bnb_op_dequantize_blockwise)                       \
+    X("dequantize_blockwise.out", bnb_op_dequantize_blockwise_out)               \
+    X("quantize_4bit", bnb_op_quantize_4bit)                                     \
+    X("dequantize_4bit", bnb_op_dequantize_4bit)                                 \
+    X("dequantize_4bit.out", bnb_op_dequantize_4bit_out)                         \
+    X("_dequantize_4bit_nested", bnb_op_dequantize_4bit_nested)                  \
+    X("_quantize_scales", bnb_op_quantize_scales)                                \
+    X("_dequantize_scales", bnb_op_dequantize_scales)                            \
+    X("_estimate_quantiles", bnb_op_estimate_quantiles)                          \
+    X("optimizer_update_32bit", bnb_op_optimizer_update_32bit)                   \
     X("optimizer_update_8bit_blockwise", bnb_op_optimizer_update_8bit_blockwise) \
     X("_optimizer_step", bnb_op_optimizer_step)
 

@@ -10,7 +10,7 @@
 #include "call.h"
 #include "ops.h"
 
-#define BLOCK_WHY " (as many as p)"
+#define COUNT_WHY " (as many as p)"
 
 /* The tensors of one parameter; absmax1, absmax2, state2 may be absent. */
 struct parameter {
@@ -44,8 +44,8 @@ static void check_parameter(struct bnb_call *c, const struct parameter *q, int s
     if (q->g.dtype != q->p.dtype)
         bnb_call_fail(c, BNB_EDTYPE, "%s: %s has dtype %s, expected %s, the dtype of %s", c->op, bnb_label(&q->g).text,
                       bnb_dtype_label(q->g.dtype).text, bnb_dtype_label(q->p.dtype).text, bnb_label(&q->p).text);
-    bnb_check_count(c, &q->g, q->p.n, BLOCK_WHY);
-    bnb_check_count(c, &q->state1, q->p.n, BLOCK_WHY);
+    bnb_check_count(c, &q->g, q->p.n, COUNT_WHY);
+    bnb_check_count(c, &q->state1, q->p.n, COUNT_WHY);
     const bool is8 = q->state1.dtype == bnb_torch_dtypes[BNB_TORCH_uint8];
     if (!is8)
         bnb_check_dtype(c, &q->state1, BNB_TORCH_float32);
@@ -56,7 +56,7 @@ static void check_parameter(struct bnb_call *c, const struct parameter *q, int s
     if (states < 2)
         return;
     bnb_check_dtype(c, &q->state2, is8 ? BNB_TORCH_uint8 : BNB_TORCH_float32);
-    bnb_check_count(c, &q->state2, q->p.n, BLOCK_WHY);
+    bnb_check_count(c, &q->state2, q->p.n, COUNT_WHY);
     if (is8)
         bnb_check_dtype(c, &q->absmax2, BNB_TORCH_float32);
     if (is8)
@@ -107,7 +107,7 @@ static void stage_parameter(struct bnb_call *c, struct parameter *q, int states)
 static bnb_optim_tensor core_tensor(struct bnb_call *c, const struct parameter *q)
 {
     const bool is8 = q->state1.dtype == bnb_torch_dtypes[BNB_TORCH_uint8];
-    bnb_optim_tensor t = { .n = q->p.n, .step = q->step, .bits = is8 ? 8 : 32 };
+    bnb_optim_tensor t = {.n = q->p.n, .step = q->step, .bits = is8 ? 8 : 32};
     t.dtype = bnb_check_float(c, q->p.name, q->p.dtype, BNB_EDTYPE);
     t.p = bnb_write(c, &q->p);
     t.g = bnb_read(c, &q->g);
@@ -161,8 +161,8 @@ void bnb_op_optimizer_update_32bit(torch_value *stack, uint64_t inputs, uint64_t
     struct bnb_call c;
     (void)outputs;
     bnb_call_begin(&c, "optimizer_update_32bit", stack, inputs, 18);
-    bnb_optim_config config = { .size = sizeof config, .name = bnb_take_string(&c) };
-    struct parameter q = { .g = bnb_take_tensor(&c, "g") };
+    bnb_optim_config config = {.size = sizeof config, .name = bnb_take_string(&c)};
+    struct parameter q = {.g = bnb_take_tensor(&c, "g")};
     q.p = bnb_take_tensor(&c, "p");
     q.state1 = bnb_take_tensor(&c, "state1");
     q.state2 = bnb_take_optional(&c, "state2");
@@ -184,7 +184,8 @@ void bnb_op_optimizer_update_32bit(torch_value *stack, uint64_t inputs, uint64_t
     bnb_check_dtype(&c, &q.state1, BNB_TORCH_float32);
     check_given(&c, &q.state2, states_of(config.name) == 2, config.name);
     if (!(max_unorm <= 0))
-        bnb_call_fail(&c, BNB_ENOTSUP, "%s: max_unorm is %g, expected 0: clipping by the norm of the parameter is not "
+        bnb_call_fail(&c, BNB_ENOTSUP,
+                      "%s: max_unorm is %g, expected 0: clipping by the norm of the parameter is not "
                       "available",
                       c.op, max_unorm);
     update(&c, &config, &q, 1);
@@ -200,8 +201,8 @@ void bnb_op_optimizer_update_8bit_blockwise(torch_value *stack, uint64_t inputs,
     struct bnb_call c;
     (void)outputs;
     bnb_call_begin(&c, "optimizer_update_8bit_blockwise", stack, inputs, 19);
-    bnb_optim_config config = { .size = sizeof config, .name = bnb_take_string(&c) };
-    struct parameter q = { .g = bnb_take_tensor(&c, "g") };
+    bnb_optim_config config = {.size = sizeof config, .name = bnb_take_string(&c)};
+    struct parameter q = {.g = bnb_take_tensor(&c, "g")};
     q.p = bnb_take_tensor(&c, "p");
     q.state1 = bnb_take_tensor(&c, "state1");
     q.state2 = bnb_take_optional(&c, "state2");
@@ -262,10 +263,8 @@ static struct parameter *deal(struct bnb_call *c, const struct group *l, int sta
 
     struct parameter *q = bnb_call_alloc(c, count, sizeof *q);
     for (size_t i = 0; q && i < count; i++) {
-        q[i] = (struct parameter){ .p = l->p.items[i],
-                                   .g = l->g.items[i],
-                                   .state1 = l->state1.items[i],
-                                   .step = l->step.values[i] };
+        q[i] = (struct parameter){
+            .p = l->p.items[i], .g = l->g.items[i], .state1 = l->state1.items[i], .step = l->step.values[i]};
         const bool is8 = q[i].state1.dtype == bnb_torch_dtypes[BNB_TORCH_uint8];
         if (states == 2)
             q[i].state2 = l->state2.items[i];
@@ -286,8 +285,8 @@ void bnb_op_optimizer_step(torch_value *stack, uint64_t inputs, uint64_t outputs
     struct bnb_call c;
     (void)outputs;
     bnb_call_begin(&c, "_optimizer_step", stack, inputs, 18);
-    bnb_optim_config config = { .size = sizeof config, .name = bnb_take_string(&c) };
-    struct group l = { .p = bnb_take_tensors(&c, "p") };
+    bnb_optim_config config = {.size = sizeof config, .name = bnb_take_string(&c)};
+    struct group l = {.p = bnb_take_tensors(&c, "p")};
     l.g = bnb_take_tensors(&c, "g");
     l.state1 = bnb_take_tensors(&c, "state1");
     l.state2 = bnb_take_tensors(&c, "state2");

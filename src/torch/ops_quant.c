@@ -21,7 +21,7 @@ static void check_map(struct bnb_call *c, struct bnb_tensor *code)
 
 static struct bnb_ints one_size(const int64_t *n)
 {
-    return (struct bnb_ints){ n, 1 };
+    return (struct bnb_ints){n, 1};
 }
 
 static int64_t blocks_of(const struct bnb_call *c, int64_t n, int64_t block)
@@ -46,7 +46,8 @@ void bnb_op_quantize_blockwise(torch_value *stack, uint64_t inputs, uint64_t out
     bnb_call_stage(&c, &a, NULL, BNB_STAGE_READ);
 
     const int64_t blocks = blocks_of(&c, a.n, block);
-    const struct bnb_tensor codes = bnb_new_tensor(&c, "the codes", bnb_sizes_of(&a), bnb_torch_dtypes[BNB_TORCH_uint8]);
+    const struct bnb_tensor codes =
+        bnb_new_tensor(&c, "the codes", bnb_sizes_of(&a), bnb_torch_dtypes[BNB_TORCH_uint8]);
     const struct bnb_tensor absmax =
         bnb_new_tensor(&c, "absmax", one_size(&blocks), bnb_torch_dtypes[BNB_TORCH_float32]);
     const void *x = bnb_read(&c, &a);
@@ -68,7 +69,7 @@ static void dequantize_blockwise(torch_value *stack, uint64_t inputs, bool has_o
     struct bnb_tensor code = bnb_take_tensor(&c, "code");
     const int64_t block = bnb_take_int(&c);
     const int32_t torch_dtype = bnb_take_dtype(&c);
-    struct bnb_tensor out = { .present = false };
+    struct bnb_tensor out = {.present = false};
     if (has_out)
         out = bnb_take_tensor(&c, "out");
 
@@ -89,7 +90,7 @@ static void dequantize_blockwise(torch_value *stack, uint64_t inputs, bool has_o
         out = bnb_new_tensor(&c, "the result", bnb_sizes_of(&a), torch_dtype);
     const uint8_t *q = bnb_read(&c, &a);
     const float *map = bnb_read(&c, &code);
-    const bnb_scales scales = { .absmax = bnb_read(&c, &absmax) };
+    const bnb_scales scales = {.absmax = bnb_read(&c, &absmax)};
     void *x = bnb_write(&c, &out);
     if (bnb_call_ok(&c))
         c.status = bnb_dequantize8(&c.exec, q, a.n, block, map, &scales, x, dtype);
@@ -158,9 +159,9 @@ void bnb_op_quantize_4bit(torch_value *stack, uint64_t inputs, uint64_t outputs)
     bnb_call_stage(&c, &a, NULL, BNB_STAGE_READ);
 
     const int64_t element_size = bnb_call_ok(&c) ? (int64_t)bnb_shim.element_size(storage) : 1;
-    const int64_t blocks = blocks_of(&c, a.n, block), packed_sizes[2] = { packed_count(a.n, element_size), 1 };
+    const int64_t blocks = blocks_of(&c, a.n, block), packed_sizes[2] = {packed_count(a.n, element_size), 1};
     const struct bnb_tensor packed =
-        bnb_new_tensor(&c, "the packed codes", (struct bnb_ints){ packed_sizes, 2 }, storage);
+        bnb_new_tensor(&c, "the packed codes", (struct bnb_ints){packed_sizes, 2}, storage);
     const struct bnb_tensor absmax =
         bnb_new_tensor(&c, "absmax", one_size(&blocks), bnb_torch_dtypes[BNB_TORCH_float32]);
     /* zero bytes behind the last code */
@@ -213,7 +214,7 @@ static void check_scales(struct bnb_call *c, struct scale_arguments *s, bool nes
 
 static bnb_scales scales_of(struct bnb_call *c, const struct scale_arguments *s, bool nested)
 {
-    bnb_scales scales = { .absmax = bnb_read(c, &s->absmax) };
+    bnb_scales scales = {.absmax = bnb_read(c, &s->absmax)};
     if (nested) {
         scales.code = bnb_read(c, &s->code);
         scales.absmax2 = bnb_read(c, &s->absmax2);
@@ -227,13 +228,13 @@ enum decode4 { DECODE_PLAIN, DECODE_OUT, DECODE_NESTED };
 
 static void dequantize_4bit(torch_value *stack, uint64_t inputs, enum decode4 kind)
 {
-    static const char *const names[] = { "dequantize_4bit", "dequantize_4bit.out", "_dequantize_4bit_nested" };
-    static const uint64_t counts[] = { 6, 7, 10 };
+    static const char *const names[] = {"dequantize_4bit", "dequantize_4bit.out", "_dequantize_4bit_nested"};
+    static const uint64_t counts[] = {6, 7, 10};
     struct bnb_call c;
     const bool nested = kind == DECODE_NESTED;
     bnb_call_begin(&c, names[kind], stack, inputs, counts[kind]);
-    struct bnb_tensor a = bnb_take_tensor(&c, "A"), out = { .present = false };
-    struct scale_arguments s = { .absmax = bnb_take_tensor(&c, "absmax") };
+    struct bnb_tensor a = bnb_take_tensor(&c, "A"), out = {.present = false};
+    struct scale_arguments s = {.absmax = bnb_take_tensor(&c, "absmax")};
     if (nested) {
         s.code = bnb_take_tensor(&c, "absmax_code");
         s.absmax2 = bnb_take_tensor(&c, "absmax2");
@@ -312,7 +313,7 @@ void bnb_op_quantize_scales(torch_value *stack, uint64_t inputs, uint64_t output
     const struct bnb_tensor codes =
         bnb_new_tensor(&c, "the codes", bnb_sizes_of(&absmax), bnb_torch_dtypes[BNB_TORCH_uint8]);
     const struct bnb_tensor absmax2 = bnb_new_tensor(&c, "absmax2", one_size(&blocks), f32);
-    const struct bnb_tensor offset = bnb_new_tensor(&c, "offset", (struct bnb_ints){ NULL, 0 }, f32);
+    const struct bnb_tensor offset = bnb_new_tensor(&c, "offset", (struct bnb_ints){NULL, 0}, f32);
     const float *x = bnb_read(&c, &absmax), *map = bnb_read(&c, &code);
     uint8_t *q = bnb_write(&c, &codes);
     float *scale = bnb_write(&c, &absmax2), *mean = bnb_write(&c, &offset);
@@ -330,7 +331,7 @@ void bnb_op_dequantize_scales(torch_value *stack, uint64_t inputs, uint64_t outp
     struct bnb_call c;
     (void)outputs;
     bnb_call_begin(&c, "_dequantize_scales", stack, inputs, 5);
-    struct scale_arguments s = { .absmax = bnb_take_tensor(&c, "absmax") };
+    struct scale_arguments s = {.absmax = bnb_take_tensor(&c, "absmax")};
     s.code = bnb_take_tensor(&c, "code");
     s.absmax2 = bnb_take_tensor(&c, "absmax2");
     s.offset = bnb_take_tensor(&c, "offset");

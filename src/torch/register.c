@@ -17,7 +17,7 @@ static bnb_status register_for(const char *key)
         const char *name;
         torch_kernel kernel;
     } ops[] = {
-#define X(name, function) { name, function },
+#define X(name, function) {name, function},
         BNB_TORCH_OPS(X)
 #undef X
     };

@@ -21,16 +21,16 @@ struct symbol {
 };
 
 static const struct symbol required[] = {
-#define X(member, symbol, result, arguments) { symbol, &bnb_shim.member },
+#define X(member, symbol, result, arguments) {symbol, &bnb_shim.member},
     BNB_SHIM_REQUIRED(X)
 #undef X
 };
 
 static const struct symbol optional[] = {
-#define X(member, symbol, result, arguments) { symbol, &bnb_shim.member },
+#define X(member, symbol, result, arguments) {symbol, &bnb_shim.member},
     BNB_SHIM_OPTIONAL(X)
 #undef X
-    { "_ZdlPv", &bnb_shim.operator_delete },
+        {"_ZdlPv", &bnb_shim.operator_delete},
 };
 
 static void *loaded_library(const char *lib_dir, const char *name)
@@ -60,7 +60,7 @@ static bnb_status load_dtypes(void *library)
     };
     for (int i = 0; i < BNB_TORCH_DTYPE_COUNT; i++) {
         int32_t (*get)(void) = NULL;
-        const struct symbol symbol = { names[i], &get };
+        const struct symbol symbol = {names[i], &get};
         if (!resolve(&symbol, library))
             return bnb_fail(BNB_EDEVICE, "libtorch_cpu.so has no symbol %s; torch 2.10 or newer is needed", names[i]);
         bnb_torch_dtypes[i] = get();

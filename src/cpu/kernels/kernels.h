@@ -9,8 +9,11 @@
 
 #include "core/args.h"
 
-/* Bits of the feature mask. */
-enum { BNB_CPU_AVX2 = 1 }; /* AVX2, FMA and F16C, with the operating system's support */
+/* Bits of the feature mask; each includes the operating system's support for the registers. */
+enum {
+    BNB_CPU_AVX2 = 1,  /* AVX2, FMA and F16C            */
+    BNB_CPU_AVX512 = 2 /* AVX-512 F, BW, DQ and VL      */
+};
 
 enum { BNB_FLOATS = 3 }; /* f32, f16, bf16: the values of bnb_dtype that kernels are made for */
 
@@ -27,6 +30,6 @@ struct bnb_cpu_ops {
                                                 int64_t end_block);
 };
 
-extern const struct bnb_cpu_ops bnb_cpu_ops_scalar, bnb_cpu_ops_avx2;
+extern const struct bnb_cpu_ops bnb_cpu_ops_scalar, bnb_cpu_ops_avx2, bnb_cpu_ops_avx512;
 
 #endif
