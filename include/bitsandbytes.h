@@ -145,7 +145,7 @@ BNB_API bnb_status bnb_get_4bit_map(bnb_type4 type, float map[16]);
  *   x     [n]      f32, f16 or bf16; n >= 1.  NaN sorts above every number
  *   out   [count]  f32, on the same device: entry j is the element of rank rint(p * (n - 1)), where p is probability
  *                  offset + t (1 - 2 offset) / 255 with t = j for count 256, else t = trunc(linspace(0, 255, count)[j])
- *   offset         in [0, 0.5); count 1..256
+ *   offset         in [0, 0.5]; 1/512 with a count below 256 stands for 1 / (2 count); count 1..256
  * Workspace: up to 33 MiB for large n.  BNB_EINVAL, BNB_ENOTSUP (other dtypes, count > 256), BNB_ENOMEM.
  */
 BNB_API bnb_status bnb_estimate_quantiles(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, double offset,
