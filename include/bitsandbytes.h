@@ -156,7 +156,7 @@ BNB_API bnb_status bnb_estimate_quantiles(const bnb_exec *ex, const void *x, bnb
 /*
  * bnb_quantize8() - quantise n values to 8-bit codes, one scale per block
  *   x       [n]                f32, f16 or bf16
- *   code    [256]              sorted map; the default one is the signed dynamic map
+ *   code    [256]              ascending map (not checked); the default one is the signed dynamic map
  *   codes   [n]                out: index of the nearest entry to x / absmax (NUMERICS rules 3 and 4)
  *   absmax  [ceil(n / block)]  out: largest |x| of each block, in the unit of x
  *   block   any value > 0

@@ -177,7 +177,8 @@ static const int64_t *row_major(struct bnb_call *c, const char *name, struct bnb
     for (size_t i = shape.count; strides && i-- > 0;) {
         strides[i] = stride;
         if (__builtin_mul_overflow(stride, shape.values[i] > 1 ? shape.values[i] : 1, &stride)) {
-            bnb_call_fail(c, BNB_EINVAL, "%s: the shape of %s has more than 2^63 - 1 elements", c->op, name);
+            bnb_call_fail(c, BNB_EINVAL, "%s: the shape of %s is too large, expected at most 2^63 - 1 elements", c->op,
+                          name);
             return NULL;
         }
     }

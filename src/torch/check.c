@@ -89,7 +89,7 @@ int64_t bnb_check_shape(struct bnb_call *c, const char *name, struct bnb_ints sh
             overflow = __builtin_mul_overflow(n, shape.values[i], &n);
     }
     if (overflow && !empty)
-        bnb_call_fail(c, BNB_EINVAL, "%s: the product of %s is above 2^63 - 1", c->op, name);
+        bnb_call_fail(c, BNB_EINVAL, "%s: the product of %s is too large, expected at most 2^63 - 1", c->op, name);
     return bnb_call_ok(c) && !empty ? n : 0;
 }
 

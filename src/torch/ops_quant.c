@@ -359,6 +359,8 @@ void bnb_op_estimate_quantiles(torch_value *stack, uint64_t inputs, uint64_t out
     const int64_t count = bnb_take_int(&c);
 
     const bnb_dtype dtype = bnb_check_float(&c, "the dtype of A", a.dtype, BNB_ENOTSUP);
+    if (a.n < 1)
+        bnb_call_fail(&c, BNB_EINVAL, "%s: A has 0 elements, expected 1 or more", c.op);
     if (count < 1 || count > 256)
         bnb_call_fail(&c, count < 1 ? BNB_EINVAL : BNB_ENOTSUP, "%s: num_quantiles is %lld, expected 1 to 256", c.op,
                       (long long)count);

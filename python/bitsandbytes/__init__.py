@@ -1,0 +1,40 @@
+"""k-bit quantisation and 8-bit optimizers for PyTorch, over a core written in C.
+
+    import bitsandbytes as bnb
+
+    optimizer = bnb.optim.AdamW8bit(model.parameters(), lr=1e-3)
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
+
+Importing needs torch >= 2.10 (ImportError otherwise), but neither a GPU nor the native library: without the library,
+the first call that needs it raises RuntimeError with the reason.
+"""
+
+from . import cextension, _ops  # isort: skip  (checks torch, and defines the operators, before anything uses them)
+from . import functional, nn, optim, utils
+from .nn import modules
+from .optim import adam
+
+
+def _find_version():
+    """The version of this package; in a source tree, that of the library in use."""
+    try:
+        from ._version import __version__ as version
+
+        return version
+    except ImportError:
+        pass
+    if cextension.load_error is None:
+        return cextension.library_version()
+    from importlib import metadata
+
+    try:
+        return metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
+__version__ = _find_version()
+
+# Clients probe these two: use without CUDA is allowed, and on which devices.
+features = {"multi_backend"}
+supported_torch_devices = {"cpu", "cuda"}

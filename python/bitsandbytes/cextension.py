@@ -1,0 +1,117 @@
+"""The native library: finding it, opening it, and what it said last.
+
+Everything that runs per step goes through torch operators (_ops.py); ctypes serves loading, registration, codebooks and
+the text of failures.  Importing this module never fails for want of the library: the reason is kept in `load_error`,
+and the first call that needs the library raises it.
+
+lib             the library; a function that it lacks is a callable that raises RuntimeError when called
+library_path    pathlib.Path that was or would be opened: the environment variable BNB_LIBRARY, else beside this file
+load_error      why there is no library, with advice; None when there is one
+"""
+
+import ctypes
+import os
+import pathlib
+
+_OLDEST_TORCH = (2, 10)
+
+
+def _require_torch():
+    """Raise ImportError, naming the versions found and needed, unless a torch that is new enough can be imported."""
+    needed = ".".join(map(str, _OLDEST_TORCH))
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"bitsandbytes needs torch >= {needed}, but torch cannot be imported: {error}") from error
+    found = tuple(int(part) for part in str(torch.__version__).split("+")[0].split(".")[:2])
+    if found < _OLDEST_TORCH:
+        raise ImportError(f"bitsandbytes needs torch >= {needed}, found torch {torch.__version__}")
+    return torch
+
+
+torch = _require_torch()
+
+library_path = pathlib.Path(os.environ.get("BNB_LIBRARY") or pathlib.Path(__file__).with_name("libbitsandbytes.so"))
+load_error = None
+
+
+class _Library:
+    """The functions of libbitsandbytes.so as attributes (ctypes functions).
+
+    Attribute access never fails; calling a function that the library lacks, or any function when there is no library,
+    raises RuntimeError.
+    """
+
+    compiled_with_cuda = False
+
+    def __init__(self, handle):
+        self._handle = handle
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        function = getattr(self._handle, name, None) if self._handle is not None else None
+        if function is None:
+
+            def function(*args, **kwargs):
+                raise RuntimeError(load_error or f"{name} is not available in {library_path}")
+
+        setattr(self, name, function)
+        return function
+
+
+def _give_up(reason):
+    """Note why the library cannot be used; later calls raise this text."""
+    global load_error
+    load_error = (
+        f"bitsandbytes cannot use its native library {library_path}: {reason}. Reinstall the package (pip install "
+        "--force-reinstall bitsandbytes), or build the library from its sources and set the environment variable "
+        "BNB_LIBRARY to the path of libbitsandbytes.so."
+    )
+
+
+def _open():
+    try:
+        handle = ctypes.CDLL(str(library_path))
+    except OSError as error:
+        _give_up(error)
+        return _Library(None)
+    for name, restype in (("bnb_version", ctypes.c_char_p), ("bnb_detail", ctypes.c_char_p)):
+        if hasattr(handle, name):
+            getattr(handle, name).restype = restype
+    return _Library(handle)
+
+
+lib = _open()
+
+HIP_ENVIRONMENT = False
+BNB_BACKEND = "CUDA" if lib.compiled_with_cuda and torch.cuda.is_available() else "CPU"
+
+
+def last_status():
+    """The bnb_status (int) of the last failing call on this thread; 0 before the first failure."""
+    return lib.bnb_last_status()
+
+
+def last_detail():
+    """What the last failing call on this thread said (str); "" before the first failure."""
+    return lib.bnb_detail().decode(errors="replace")
+
+
+def library_version():
+    """The version of the loaded library (str). RuntimeError when there is none."""
+    return lib.bnb_version().decode()
+
+
+def register_operators():
+    """Give the library's kernels to torch's dispatcher. Once, after the schemas are defined; failure: `load_error`."""
+    if load_error is not None:
+        return
+    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    try:
+        failed = lib.bnb_torch_register(os.fsencode(folder))
+    except RuntimeError as error:
+        _give_up(error)
+        return
+    if failed:
+        _give_up(last_detail())

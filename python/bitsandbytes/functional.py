@@ -1,0 +1,301 @@
+"""Functions on tensors: quantise, dequantise, codebooks, quantiles, and single optimizer updates.
+
+Thin by design: every function names its arguments, hands them to one operator of the C library (schemas: _ops.py) and
+names the results.  The operators check, allocate and compute; their errors arrive as ValueError or NotImplementedError.
+Numbers follow docs/NUMERICS.md, byte layouts docs/FORMAT.md.
+"""
+
+import ctypes
+
+import torch
+
+from . import _ops
+from .codebooks import (
+    create_dynamic_map,
+    create_fp8_map,
+    create_linear_map,
+    create_normal_map,
+    create_quantile_map,
+    default_map,
+    estimate_quantiles,
+    fill,
+    get_4bit_type,
+    name2qmap,
+)
+from .quant_state import QuantState
+
+__all__ = [
+    "QuantState",
+    "create_dynamic_map",
+    "create_fp8_map",
+    "create_linear_map",
+    "create_normal_map",
+    "create_quantile_map",
+    "dequantize_4bit",
+    "dequantize_blockwise",
+    "dequantize_fp4",
+    "dequantize_nf4",
+    "estimate_quantiles",
+    "get_4bit_type",
+    "get_ptr",
+    "is_on_gpu",
+    "name2qmap",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
+    "quantize_4bit",
+    "quantize_blockwise",
+    "quantize_fp4",
+    "quantize_nf4",
+]
+
+_bnb = torch.ops.bitsandbytes
+NESTED_BLOCKSIZE = 256  # of the scales of a 4-bit tensor: part of the checkpoint format
+DEFAULT_BLOCKSIZE_4BIT = 64
+
+
+def get_ptr(A):
+    """Address of A's first element as ctypes.c_void_p; None for None."""
+    return None if A is None else ctypes.c_void_p(A.data_ptr())
+
+
+def is_on_gpu(tensors):
+    """True if all tensors share one device, the CPU included; None and paged tensors are passed over.
+
+    Raises RuntimeError naming the devices otherwise.
+    """
+    devices = {str(t.device) for t in tensors if t is not None and not getattr(t, "is_paged", False)}
+    if len(devices) > 1:
+        raise RuntimeError(f"the tensors live on {', '.join(sorted(devices))}, expected one device")
+    return True
+
+
+def _nest(absmax, blocksize):
+    """Quantise scales once more. Returns (uint8 codes [n], float32 0-dim offset, QuantState of the codes)."""
+    code = default_map("dynamic", absmax)
+    codes, absmax2, offset = _ops.call(_bnb._quantize_scales.default, absmax, code, blocksize)
+    return codes, offset, QuantState(absmax2, code=code.clone(), blocksize=blocksize, dtype=torch.float32)
+
+
+def _plain_absmax(state):
+    """The scales of a state as float32 [blocks], expanded where they are nested."""
+    if not state.nested:
+        return state.absmax
+    inner = state.state2
+    args = state.absmax, inner.code, inner.absmax, state.offset, inner.blocksize
+    return _ops.call(_bnb._dequantize_scales.default, *args)
+
+
+def _hand_over(codes, state, out, absmax):
+    """Finish a quantiser: fill the caller's `out` and `absmax`, if given, and return (codes, state)."""
+    if absmax is not None:
+        state.absmax = fill("absmax", absmax, state.absmax)
+    return codes if out is None else fill("out", out, codes), state
+
+
+def quantize_blockwise(A, code=None, absmax=None, out=None, blocksize=4096, nested=False):
+    """Quantise to 8 bits with one scale per block of the row-major flattening of A.
+
+    A          float32, float16 or bfloat16, any shape
+    code       float32 [256], ascending; None: the signed dynamic map
+    absmax     filled and put into the state: float32 [ceil(n / blocksize)], uint8 if nested
+    out        filled and returned: uint8, shape of A
+    blocksize  elements per scale, any value > 0
+    nested     quantise the scales too, with the same block size
+    Returns (uint8 codes of A's shape, QuantState).  ValueError: dtype, block size, map, absmax or out do not fit.
+    Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization", section 2.
+    """
+    code = default_map("dynamic", A) if code is None else code.to(A.device)
+    codes, scales = _ops.call(_bnb.quantize_blockwise.default, A, code, blocksize)
+    offset = state2 = None
+    if nested:
+        scales, offset, state2 = _nest(scales, blocksize)
+    state = QuantState(scales, code=code.clone(), blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2)
+    return _hand_over(codes, state, out, absmax)
+
+
+def dequantize_blockwise(A, quant_state=None, absmax=None, code=None, out=None, blocksize=4096, nested=False):
+    """The inverse of quantize_blockwise(): code[A] * scale, rounded once to the output dtype.
+
+    A                        uint8 codes, any shape
+    quant_state              decides everything else; without it absmax is needed, and the output is float32
+    absmax, code, blocksize  used without quant_state: float32 [ceil(n / blocksize)], float32 [256] or None, > 0
+    out                      filled and returned: shape of A, output dtype
+    nested                   ignored: the state knows
+    ValueError: neither state nor absmax; A is not uint8; lengths or block size do not fit.
+    """
+    if quant_state is None:
+        if absmax is None:
+            raise ValueError("dequantize_blockwise: quant_state and absmax are None, expected one of them")
+        code = default_map("dynamic", A) if code is None else code
+        quant_state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
+    scales = _plain_absmax(quant_state)
+    args = A, scales, quant_state.code.to(A.device), quant_state.blocksize, quant_state.dtype
+    if out is None:
+        return _ops.call(_bnb.dequantize_blockwise.default, *args)
+    _ops.call(_bnb.dequantize_blockwise.out, *args, out)
+    return out
+
+
+def quantize_4bit(
+    A,
+    absmax=None,
+    out=None,
+    blocksize=None,
+    compress_statistics=False,
+    quant_type="fp4",
+    quant_storage=torch.uint8,
+):
+    """Quantise to 4 bits with one scale per block of the row-major flattening of A.
+
+    A                    float32, float16 or bfloat16, any shape, n elements
+    absmax               filled and put into the state: float32 [ceil(n / blocksize)], uint8 if compress_statistics
+    out                  filled and returned: like the packed result
+    blocksize            a power of two, 32..4096; None: 64
+    compress_statistics  quantise the scales to 8 bits too, in blocks of 256 (QLoRA's double quantisation)
+    quant_type           "fp4" or "nf4"
+    quant_storage        dtype that carries the bytes: uint8, float16, bfloat16 or float32
+    Returns (packed, QuantState): ceil(n / 2) bytes, padded to whole items, as [items, 1].
+    ValueError: anything outside these lists.
+    Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3.
+    """
+    blocksize = DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
+    packed, scales = _ops.call(_bnb.quantize_4bit.default, A, blocksize, quant_type, quant_storage)
+    offset = state2 = None
+    if compress_statistics:
+        scales, offset, state2 = _nest(scales, NESTED_BLOCKSIZE)
+    state = QuantState(
+        scales,
+        shape=A.shape,
+        code=default_map(quant_type, A).clone(),
+        blocksize=blocksize,
+        quant_type=quant_type,
+        dtype=A.dtype,
+        offset=offset,
+        state2=state2,
+    )
+    return _hand_over(packed, state, out, absmax)
+
+
+def quantize_fp4(A, absmax=None, out=None, blocksize=None, compress_statistics=False, quant_storage=torch.uint8):
+    """quantize_4bit() with quant_type "fp4"."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
+
+
+def quantize_nf4(A, absmax=None, out=None, blocksize=None, compress_statistics=False, quant_storage=torch.uint8):
+    """quantize_4bit() with quant_type "nf4"."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
+
+
+def dequantize_4bit(A, quant_state=None, absmax=None, out=None, blocksize=None, quant_type="fp4"):
+    """The inverse of quantize_4bit(): code * scale, rounded once to the output dtype.
+
+    A            packed codes [n, 1], any storage dtype; [1, n] (a transposed view) asks for the transposed result
+    quant_state  decides everything else; without it absmax and out are needed, and out gives shape and dtype
+    out          filled and returned: shape and dtype of the state
+    ValueError: statistics missing or of wrong length, block size, quant_type or dtype outside the lists.
+    """
+    if quant_state is None:
+        if absmax is None or out is None:
+            raise ValueError("dequantize_4bit: without quant_state both absmax and out are needed")
+        blocksize = DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
+        quant_state = QuantState(absmax, out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
+    # A single element is [1, 1] either way round, and stands for the tensor as it was.
+    transposed = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1
+    if transposed and len(quant_state.shape) > 2:
+        given, shape = list(A.shape), list(quant_state.shape)
+        raise ValueError(f"dequantize_4bit: A is {given}, a transposed view, of a tensor {shape}; expected [n, 1]")
+    result = _dequantize_4bit(A, quant_state, out)
+    return result.t() if transposed else result
+
+
+def _dequantize_4bit(A, state, out):
+    tail = state.blocksize, state.quant_type, state.shape, state.dtype
+    if out is not None:
+        _ops.call(_bnb.dequantize_4bit.out, A, _plain_absmax(state), *tail, out)
+        return out
+    if not state.nested:
+        return _ops.call(_bnb.dequantize_4bit.default, A, state.absmax, *tail)
+    inner = state.state2
+    args = state.absmax, inner.code, inner.absmax, state.offset, inner.blocksize
+    return _ops.call(_bnb._dequantize_4bit_nested.default, A, *args, *tail)
+
+
+def dequantize_fp4(A, quant_state=None, absmax=None, out=None, blocksize=None):
+    """dequantize_4bit() with quant_type "fp4"."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
+
+
+def dequantize_nf4(A, quant_state=None, absmax=None, out=None, blocksize=None):
+    """dequantize_4bit() with quant_type "nf4"."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+
+
+def optimizer_update_32bit(
+    optimizer_name,
+    g,
+    p,
+    state1,
+    beta1,
+    eps,
+    step,
+    lr,
+    state2=None,
+    beta2=0.0,
+    beta3=0.0,
+    alpha=0.0,
+    weight_decay=0.0,
+    gnorm_scale=1.0,
+    unorm_vec=None,
+    max_unorm=0.0,
+    skip_zeros=False,
+):
+    """One update of p, state1 and state2 in place, with 32-bit state. Returns None.
+
+    optimizer_name  a row of the optimizer table, such as "adam" (decoupled weight decay)
+    g, p            gradient and parameter: same shape and dtype, float32, float16 or bfloat16
+    state1, state2  float32, shape of p; zeros before the first step
+    step            1 for the first update
+    ValueError: unknown name, dtypes or lengths that do not fit.  NotImplementedError: max_unorm > 0.
+    """
+    _ops.call(
+        _bnb.optimizer_update_32bit.default,
+        *(optimizer_name, g, p, state1, state2, unorm_vec, max_unorm, 0.0),
+        *(beta1, beta2, beta3, alpha, eps, weight_decay, step, lr, gnorm_scale, skip_zeros),
+    )
+
+
+def optimizer_update_8bit_blockwise(
+    optimizer_name,
+    g,
+    p,
+    state1,
+    state2,
+    beta1,
+    beta2,
+    beta3,
+    alpha,
+    eps,
+    step,
+    lr,
+    qmap1,
+    qmap2,
+    absmax1,
+    absmax2,
+    weight_decay=0.0,
+    gnorm_scale=1.0,
+    skip_zeros=False,
+):
+    """One update of p, its 8-bit states and their scales in place, in blocks of 256. Returns None.
+
+    optimizer_name    a row of the optimizer table, such as "adam" (decoupled weight decay)
+    g, p              gradient and parameter: same shape and dtype, float32, float16 or bfloat16
+    state1, state2    uint8 codes, shape of p;  absmax1, absmax2  float32 [ceil(n / 256)]; zeros before the first step
+    qmap1, qmap2      float32 [256] maps of the two states
+    step              1 for the first update
+    ValueError: unknown name, dtypes or lengths that do not fit.  Dettmers et al. 2021, section 2.
+    """
+    _ops.call(
+        _bnb.optimizer_update_8bit_blockwise.default,
+        *(optimizer_name, g, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr),
+        *(qmap1, qmap2, absmax1, absmax2, weight_decay, gnorm_scale, skip_zeros),
+    )

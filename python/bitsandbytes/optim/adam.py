@@ -1,0 +1,97 @@
+"""Adam: two states per parameter, decoupled weight decay, 32-bit or 8-bit block-wise state.
+
+Kingma & Ba 2015, with the decay of Loshchilov & Hutter 2019: with weight_decay > 0 this is AdamW, not torch's Adam.
+Classes differ in what they force: the name ends in the bits of the state, "Paged" in front asks for paged state.
+"""
+
+from .optimizer import Optimizer2State
+
+
+class Adam(Optimizer2State):
+    """Adam with `optim_bits` bits of state.
+
+    params         parameters or group dicts
+    lr             float or 0-dim tensor;  betas  two floats in [0, 1);  eps  added to the square root
+    weight_decay   decoupled: p shrinks by lr * weight_decay
+    amsgrad        not available: raises
+    optim_bits     32 or 8; 8 gives parameters of min_8bit_size elements or more 8-bit state
+    args           an object with optim_bits, min_8bit_size, max_unorm, skip_zeros that replaces those arguments
+    is_paged       paged state on a GPU
+    percentile_clipping, block_wise  options of old releases: only 100 and True
+    Raises ValueError for negative values and betas outside [0, 1); NotImplementedError for amsgrad (ValueError in the
+    8-bit classes) and percentile_clipping below 100.
+    """
+
+    _forced_bits = None
+    _always_paged = False
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0,
+        amsgrad=False,
+        optim_bits=32,
+        args=None,
+        min_8bit_size=4096,
+        is_paged=False,
+        *,
+        percentile_clipping=100,
+        block_wise=True,
+    ):
+        bits = self._bits(optim_bits, amsgrad)
+        super().__init__(
+            "adam",
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            bits,
+            args,
+            min_8bit_size,
+            is_paged=is_paged or self._always_paged,
+            percentile_clipping=percentile_clipping,
+            block_wise=block_wise,
+        )
+
+    def _bits(self, optim_bits, amsgrad):
+        """The bits of the state, after the checks of this class."""
+        name, eight = type(self).__name__, self._forced_bits == 8
+        if amsgrad:
+            raise (ValueError if eight else NotImplementedError)(f"{name}: amsgrad is {amsgrad}, expected False")
+        if eight and optim_bits != 32:
+            raise ValueError(f"{name}: optim_bits is {optim_bits}, expected to be left alone: the class means 8")
+        return self._forced_bits or optim_bits
+
+
+class Adam8bit(Adam):
+    """Adam with 8-bit state; optim_bits is a placeholder."""
+
+    _forced_bits = 8
+
+
+class Adam32bit(Adam):
+    """Adam with 32-bit state; optim_bits is a placeholder."""
+
+    _forced_bits = 32
+
+
+class PagedAdam(Adam):
+    """Adam with paged state, whatever is_paged says."""
+
+    _always_paged = True
+
+
+class PagedAdam8bit(PagedAdam):
+    """Adam with paged 8-bit state; optim_bits is a placeholder."""
+
+    _forced_bits = 8
+
+
+class PagedAdam32bit(PagedAdam):
+    """Adam with paged 32-bit state; optim_bits is a placeholder."""
+
+    _forced_bits = 32

@@ -1,0 +1,251 @@
+"""GlobalOptimManager: settings of single parameters that differ from their optimizer's.
+
+A setting may be given for a parameter object (`override_config`), for a place in the list handed to
+`register_parameters` (so that it survives `.to()` making a new object), or for an attribute of a module
+(`register_module_override`).  Optimizers ask resolve() when `version` has changed.
+
+Everything is held weakly: the manager lives as long as the process, and must neither keep a model alive nor let the
+settings of a dead parameter fall on a new one that got the same id.
+"""
+
+import logging
+import weakref
+from functools import partial
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Keys of a setting that change something, and some that old releases knew and that are accepted without effect.
+_KEYS = {"lr", "betas", "eps", "weight_decay", "alpha", "t_alpha", "t_beta3"}
+_KEYS |= {"optim_bits", "min_8bit_size", "max_unorm", "skip_zeros"}
+_INERT_KEYS = {"is_sparse", "percentile_clipping", "block_wise"}
+
+
+class _ByIdentity:
+    """A mapping from tensors, by identity, to values; an entry goes away with its tensor."""
+
+    def __init__(self):
+        self._items = {}
+
+    def __contains__(self, tensor):
+        return id(tensor) in self._items
+
+    def get(self, tensor, default=None):
+        return self._items[id(tensor)][1] if id(tensor) in self._items else default
+
+    def set(self, tensor, value):
+        key = id(tensor)
+        self._items[key] = (weakref.ref(tensor, partial(self._drop, key)), value)
+
+    def _drop(self, key, _):
+        self._items.pop(key, None)
+
+    def items(self):
+        """[(tensor, value)] of the tensors that are alive."""
+        alive = [(ref(), value) for ref, value in list(self._items.values())]
+        return [(tensor, value) for tensor, value in alive if tensor is not None]
+
+    def by_id(self):
+        return {id(tensor): value for tensor, value in self.items()}
+
+
+class _Place:
+    """One position of register_parameters(): the tensor found there, and who may inherit its setting."""
+
+    def __init__(self, tensor):
+        self.owner = weakref.ref(tensor)
+        self.shape, self.device, self.dtype = tensor.shape, tensor.device, tensor.dtype
+        self.claimed = False  # an optimizer holds the owner: no other parameter inherits
+        self.config = {}
+
+    def accepts(self, p):
+        """Is p the registered tensor, or the object that took its place when the model was moved or cast?"""
+        owner = self.owner()
+        if owner is p:
+            return True
+        if self.claimed or p.shape != self.shape:
+            return False
+        return owner is None or (p.device, p.dtype) != (self.device, self.dtype)
+
+    def claim(self, p):
+        self.owner, self.claimed = weakref.ref(p), True
+
+
+class _ModuleOverride:
+    """A setting for the parameter that a module holds under a name."""
+
+    def __init__(self, module, name, config):
+        self.module, self.name, self.config = weakref.ref(module), name, dict(config)
+        self.applied_to = None  # weak reference to the parameter that has got the setting
+        self.warned = False
+
+    def target(self):
+        module = self.module()
+        target = None if module is None else getattr(module, self.name, None)
+        return target if isinstance(target, torch.Tensor) else None
+
+    def label(self):
+        return f"{type(self.module()).__name__}.{self.name}"
+
+
+class GlobalOptimManager:
+    """The one manager of the process; get it with GlobalOptimManager.get_instance()."""
+
+    _instance = None
+
+    def __init__(self):
+        raise RuntimeError("GlobalOptimManager: call GlobalOptimManager.get_instance() instead")
+
+    @classmethod
+    def get_instance(cls):
+        """The manager; the first call makes it."""
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+            cls._instance.version = 0
+            cls._instance.initialize()
+        return cls._instance
+
+    def initialize(self):
+        """Forget every setting and registration."""
+        self._settings = _ByIdentity()
+        self._places = {}  # (group index, position) -> _Place
+        self._locations = _ByIdentity()  # tensor -> its (group index, position)
+        self._module_overrides = []
+        self._held = _ByIdentity()  # parameters of the optimizers that exist
+        self._warned = _ByIdentity()
+        self.optimizer = None
+        self.uses_config_override = False
+        self.version += 1
+
+    @property
+    def pid2config(self):
+        """{id(parameter): setting} of living parameters; a snapshot."""
+        return self._settings.by_id()
+
+    @property
+    def index2config(self):
+        """{(group index, position): setting} of registered parameters that have one; a snapshot."""
+        return {key: place.config for key, place in self._places.items() if place.config}
+
+    @property
+    def module_weight_config_triple(self):
+        """[(module, parameter name, setting)] of living modules; a snapshot."""
+        overrides = [(each.module(), each.name, each.config) for each in self._module_overrides]
+        return [triple for triple in overrides if triple[0] is not None]
+
+    def register_parameters(self, params):
+        """Note the position of every parameter. params: an iterable of tensors, or of dicts {"params": [...]}.
+
+        Settings given before or after follow the position, should the tensor be replaced before an optimizer sees it.
+        Raises IndexError if there is nothing to register.
+        """
+        groups = list(params)
+        if not groups:
+            raise IndexError("register_parameters: params is empty, expected at least one parameter or group")
+        if not isinstance(groups[0], dict):
+            groups = [{"params": groups}]
+        for group_index, group in enumerate(groups):
+            members = group["params"]
+            for position, p in enumerate([members] if isinstance(members, torch.Tensor) else members):
+                place = self._places[group_index, position] = _Place(p)
+                place.config = dict(self._settings.get(p, {}))
+                self._locations.set(p, (group_index, position))
+        self.version += 1
+
+    def override_config(self, parameters, key=None, value=None, key_value_dict=None):
+        """Give one parameter, or each of a list, a setting of its own: `key` and `value`, or a dict of several.
+
+        Keys: lr, betas, eps, weight_decay, alpha, t_alpha, t_beta3, optim_bits, min_8bit_size, max_unorm, skip_zeros.
+        optim_bits and min_8bit_size act when the state is made, before the parameter's first step; the others from
+        the next step on, and they defeat a learning-rate scheduler.  A value of None is ignored.
+        Raises AssertionError if both forms are used, ValueError for an unknown key.
+        """
+        if key is not None and value is not None:
+            if key_value_dict is not None:
+                raise AssertionError("override_config: key_value_dict is given beside key and value, expected one form")
+            key_value_dict = {key: value}
+        if key_value_dict is None:
+            return
+        _check_keys("override_config", key_value_dict)
+        self.uses_config_override = True
+        for p in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
+            self._set(p, {**self._settings.get(p, {}), **key_value_dict})
+        self.version += 1
+
+    def register_module_override(self, module, param_name, config):
+        """Give the parameter that `module` holds as `param_name` a setting when an optimizer takes its next step.
+
+        It replaces what override_config() said of that parameter before.  Keys as there; ValueError for others.
+        """
+        _check_keys("register_module_override", config)
+        self._module_overrides.append(_ModuleOverride(module, param_name, config))
+        self.version += 1
+
+    def hold(self, params):
+        """An optimizer tells which parameters it has."""
+        for p in params:
+            self._held.set(p, True)
+
+    def resolve(self, param_groups):
+        """What is special about the parameters of one optimizer: {parameter: setting}, without those that have none.
+
+        Precedence: the position's setting, then the parameter's own.
+        """
+        members = [(group, i, p) for group, g in enumerate(param_groups) for i, p in enumerate(g["params"])]
+        self._apply_module_overrides({id(p) for _, _, p in members})
+        self._claim(members)
+        result = {}
+        for group_index, position, p in members:
+            place = self._places.get((group_index, position))
+            config = dict(place.config) if place is not None and place.accepts(p) else {}
+            if config:
+                place.claim(p)
+            config.update(self._settings.get(p, {}))
+            if config:
+                result[p] = config
+        self._warn_of_absent()
+        return result
+
+    def _set(self, p, config):
+        self._settings.set(p, config)
+        place = self._places.get(self._locations.get(p))
+        if place is not None and place.owner() is p:
+            place.config = dict(config)
+
+    def _claim(self, members):
+        """Registered tensors that an optimizer holds keep their position's setting to themselves."""
+        for _, _, p in members:
+            place = self._places.get(self._locations.get(p))
+            if place is not None and place.owner() is p:
+                place.claimed = True
+
+    def _apply_module_overrides(self, members):
+        self._module_overrides = [each for each in self._module_overrides if each.module() is not None]
+        for each in self._module_overrides:
+            target = each.target()
+            done = each.applied_to is not None and each.applied_to() is target
+            if id(target) in members and not done:
+                self._set(target, dict(each.config))
+                each.applied_to = weakref.ref(target)
+
+    def _warn_of_absent(self):
+        """Say once of a setting that it reaches nothing: what it names would be trained, but by no optimizer here."""
+        for each in self._module_overrides:
+            target = each.target()
+            absent = target is None or (target.requires_grad and target not in self._held)
+            if absent and not each.warned:
+                each.warned = True
+                logger.warning("the override %s of %s reaches no parameter of an optimizer", each.config, each.label())
+        for p, config in self._settings.items():
+            moved = self._locations.get(p) is not None
+            if p.requires_grad and p not in self._held and not moved and p not in self._warned:
+                self._warned.set(p, True)
+                shape = tuple(p.shape)
+                logger.warning("the override %s of a parameter %s reaches no parameter of an optimizer", config, shape)
+
+
+def _check_keys(function, config):
+    for key in config:
+        if key not in _KEYS and key not in _INERT_KEYS:
+            raise ValueError(f"{function}: unknown key {key!r}, expected one of {', '.join(sorted(_KEYS))}")
