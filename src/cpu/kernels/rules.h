@@ -50,9 +50,17 @@ static ALWAYS_INLINE void rule_keep(vm keep, const struct rule_state *before, st
     x->s2 = vf_select(keep, before->s2, x->s2);
 }
 
+/* -1 where a negative value got an entry that is not, +1 where a positive value got a negative entry, else 0. */
+static ALWAYS_INLINE vi sign_step(vf value, vf entry)
+{
+    const vf zero = vf_set(0.0f);
+    const vm down = vm_and(vf_lt(value, zero), vf_le(zero, entry)), up = vm_and(vf_lt(zero, value), vf_lt(entry, zero));
+    return vi_sub(vi_of_mask(down), vi_of_mask(up));
+}
+
 /*
- * Codes of one block of state.  Where is_signed, the chosen entry keeps the sign bit of the value: one step towards it
- * if they differ, so that a negative value never becomes 0 (NUMERICS rule 24).
+ * Codes of one block of state.  Where is_signed, the chosen entry keeps the sign of the value, one step towards it if
+ * they differ, so that a negative value never becomes 0 (NUMERICS rule 24).
  */
 static ALWAYS_INLINE void encode_state(const float *state, float absmax, const struct bnb_map8 *map,
                                        const struct encoder8 *e, bool is_signed, uint8_t *codes)
@@ -65,14 +73,15 @@ static ALWAYS_INLINE void encode_state(const float *state, float absmax, const s
     for (int i = 0; i < OPTIM_BLOCK; i += 4 * VF_LANES) {
         vi c[4];
         for (int k = 0; k < 4; k++) {
-            const vf u = vf_mul(vf_load_f32(state + i + k * VF_LANES), vf_set(r));
-            c[k] = encode8(u, e);
-            if (is_signed && e->kind == ENCODE_SIGNED) /* only 0 can have the wrong sign */
-                c[k] = vi_add(c[k], vi_and(vi_sign(u), vi_of_mask(vi_eq(c[k], vi_set(127)))));
-            if (is_signed && e->kind == ENCODE_SORTED) {
-                const vi entry = vi_sign(vf_gather(map->code, c[k])), value = vi_sign(u);
-                c[k] = vi_min(vi_max(vi_add(c[k], vi_sub(value, entry)), vi_set(0)), vi_set(255));
+            const vf value = vf_load_f32(state + i + k * VF_LANES);
+            c[k] = encode8(vf_mul(value, vf_set(r)), e);
+            if (is_signed && e->kind == ENCODE_SIGNED) { /* only the code of 0 can have the wrong sign */
+                const vm zero = vi_eq(c[k], vi_set(127));
+                c[k] = vi_add(c[k], vi_of_mask(vm_and(zero, vf_lt(value, vf_set(0.0f)))));
             }
+            if (is_signed && e->kind == ENCODE_SORTED)
+                c[k] = vi_min(vi_max(vi_add(c[k], sign_step(value, vf_gather(map->code, c[k]))), vi_set(0)),
+                              vi_set(255));
         }
         group_store_u8(codes + i, c);
     }
