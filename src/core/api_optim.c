@@ -65,7 +65,7 @@ static bnb_status check_config(const char *f, const bnb_optim_config *c)
         return bnb_fail(BNB_EINVAL, "%s: config->size is %zu, expected at least sizeof(bnb_optim_config) = %zu", f,
                         c->size, sizeof *c);
     if (!c->name || !bnb_optim_find(c->name))
-        return bnb_fail(BNB_EINVAL, "%s: optimizer name is '%s', expected one of bnb_optim_name(): 'adam'", f,
+        return bnb_fail(BNB_EINVAL, "%s: optimizer_name is '%s', expected one of bnb_optim_name(): 'adam'", f,
                         c->name ? c->name : "NULL");
     const struct {
         const char *name;

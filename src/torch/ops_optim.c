@@ -33,7 +33,7 @@ static void check_name(struct bnb_call *c, const bnb_optim_config *config)
     if (!bnb_call_ok(c) || states_of(config->name) != 0)
         return;
     c->status = bnb_optim_step(&c->exec, config, NULL, 0);
-    bnb_call_fail(c, BNB_EINVAL, "%s: optimizer name is \"%s\", which the library does not know", c->op, config->name);
+    bnb_call_fail(c, BNB_EINVAL, "%s: optimizer_name is \"%s\", which the library does not know", c->op, config->name);
 }
 
 static void check_parameter(struct bnb_call *c, const struct parameter *q, int states)

@@ -259,7 +259,7 @@ CASES = {
     "quantiles, offset NaN": (lambda b: F.estimate_quantiles(b.x, offset=NAN), ValueError, ["offset", "nan"]),
     "quantiles out short": (lambda b: F.estimate_quantiles(b.x, out=b.out[:255]), ValueError, ["out", "255"]),
     # optimizer, functional
-    "adam8 name": (lambda b: b.adam8(optimizer_name="adamx"), ValueError, ["name", "adamx"]),
+    "adam8 name": (lambda b: b.adam8(optimizer_name="adamx"), ValueError, ["optimizer_name", "adamx"]),
     "adam8 lr": (lambda b: b.adam8(lr=-1.0), ValueError, ["lr", "-1"]),
     "adam8 lr NaN": (lambda b: b.adam8(lr=NAN), ValueError, ["lr", "nan"]),
     "adam8 lr Inf": (lambda b: b.adam8(lr=float("inf")), ValueError, ["lr", "inf"]),

@@ -132,8 +132,8 @@ ROWS = [
 # optimizer_update_32bit(name, g, p, state1, state2, unorm_vec, max_unorm, param_norm, beta1, beta2, beta3, alpha, eps,
 #                        weight_decay, step, lr, gnorm_scale, skip_zeros)
 UPDATES = [
-    (lambda: changed(update_32bit("plain"), (0, "adamant")), V, "optimizer name is 'adamant'"),
-    (lambda: changed(update_32bit("plain"), (0, "\N{SNOWMAN}" * 400)), V, "optimizer name is '??"),
+    (lambda: changed(update_32bit("plain"), (0, "adamant")), V, "optimizer_name is 'adamant'"),
+    (lambda: changed(update_32bit("plain"), (0, "\N{SNOWMAN}" * 400)), V, "optimizer_name is '??"),
     (lambda: changed(update_32bit("plain"), (1, zeros(5, 67, dtype=f16))), V, "g has dtype float16, expected float32"),
     (lambda: changed(update_32bit("plain"), (1, zeros(5, 66))), V, "g has 330 elements, expected 335 (as many as p)"),
     (lambda: changed(update_32bit("plain", dtype=f64)), V, "p is float64, expected float32, float16 or bfloat16"),
@@ -152,7 +152,7 @@ UPDATES = [
     (lambda: changed(update_32bit("plain"), (2, zeros(1).expand(5, 67))), V, "p is written but has stride 0"),
     # optimizer_update_8bit_blockwise(name, g, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr,
     #                                 qmap1, qmap2, absmax1, absmax2, weight_decay, gnorm_scale, skip_zeros)
-    (lambda: changed(update_8bit("plain"), (0, "lion9")), V, "optimizer name is 'lion9'"),
+    (lambda: changed(update_8bit("plain"), (0, "lion9")), V, "optimizer_name is 'lion9'"),
     (lambda: changed(update_8bit("plain"), (3, zeros(5, 67))), V, "state1 has dtype float32, expected uint8"),
     (lambda: changed(update_8bit("plain"), (4, zeros(5, 67))), V, "state2 has dtype float32, expected uint8"),
     (lambda: changed(update_8bit("plain"), (12, SIGNED.half())), V, "qmap1 has dtype float16, expected float32"),
@@ -162,7 +162,7 @@ UPDATES = [
     (lambda: changed(update_8bit("plain"), (15, zeros(3))), V, "absmax2 has 3 elements, expected 2 (335"),
     (lambda: changed(update_8bit("plain"), (15, None)), V, 'absmax2 is None, expected a tensor for optimizer "adam"'),
     # _optimizer_step
-    (lambda: group(name="x"), V, "optimizer name is 'x'"),
+    (lambda: group(name="x"), V, "optimizer_name is 'x'"),
     (lambda: group(g=[]), V, "g has 0 entries, expected 3 (one per parameter)"),
     (lambda: group(state1=[zeros(5, 67)] * 2), V, "state1 has 2 entries, expected 3 (one per parameter)"),
     (lambda: group(step=[1, 2]), V, "step has 2 entries, expected 3 (one per parameter)"),
