@@ -1,0 +1,86 @@
+/*
+ * support.h - what several tests share: input, guarded buffers, definitions by brute force, parallel loops
+ *
+ * The definitions are written from docs/NUMERICS.md and docs/FORMAT.md and share no code with the library.
+ */
+#ifndef BNB_TESTS_SUPPORT_H
+#define BNB_TESTS_SUPPORT_H
+
+#include "bitsandbytes.h"
+#include "cpu/cpu.h"
+
+extern const char *const dtype_name[BNB_FLOATS];
+
+/* ---- input */
+
+uint64_t random_bits(uint64_t *state);
+double random_unit(uint64_t *state); /* in [0, 1) */
+
+enum fill {
+    FILL_HEAVY,     /* signs and exponents over eight decades: every code of a dynamic map occurs  */
+    FILL_BELL,      /* a sum of uniforms: like weights                                             */
+    FILL_ANY_BITS,  /* NaN, Inf, subnormals                                                        */
+    FILL_ZERO,      /* +0 and -0                                                                   */
+    FILL_SUBNORMAL, /* so small that 1 / absmax overflows                                          */
+    FILL_MIXED,     /* HEAVY with a NaN, an Inf or a stretch of zeros here and there               */
+    FILL_COUNT
+};
+void fill_values(void *x, bnb_dtype dtype, int64_t n, enum fill kind, uint64_t seed);
+
+/* ---- values of any float dtype, converted by definition: double arithmetic, nearest even */
+
+uint32_t bits_of(float x);
+float float_of(uint32_t bits);
+float define_from_f16(uint16_t bits);
+uint16_t define_to_f16(float x);
+uint16_t define_to_bf16(float x);
+float value_at(const void *x, bnb_dtype dtype, int64_t i);
+void store_at(void *x, bnb_dtype dtype, int64_t i, float value);
+
+/* ---- buffers with guard bytes on both sides; `shift` bytes off a 64-byte boundary */
+
+struct guarded {
+    uint8_t *base;
+    size_t bytes;
+    size_t shift;
+    void *data;
+};
+struct guarded guarded_make(size_t bytes, size_t shift);
+bool guarded_untouched(const struct guarded *g); /* the data too still has the bytes it was made with */
+bool guarded_intact(const struct guarded *g);    /* the guards have */
+void guarded_reset(const struct guarded *g);
+void guarded_free(struct guarded *g);
+
+/* ---- definitions */
+
+/* The largest |x[i]|, NaN left out. */
+float define_absmax(const void *x, bnb_dtype dtype, int64_t n);
+
+/* The code of u in a sorted map, by counting all 255 midpoints; a tie takes the even index. */
+int define_code8(float u, const float midpoint[255]);
+void define_midpoints(const float code[256], float midpoint[255]);
+
+/* 4-bit code of u by counting thresholds: fp32 midpoints of the typed values (NF4), typed (FP4); u may be NaN. */
+int define_nf4(float u);
+int define_fp4(float u);
+extern const float define_nf4_values[16], define_fp4_values[16];
+
+/* Block-wise quantisation of x [n] -> codes [n] (or packed [(n + 1) / 2]), absmax. */
+void define_quant8(const void *x, bnb_dtype dtype, int64_t n, int64_t block, const float code[256], uint8_t *codes,
+                   float *absmax);
+void define_quant4(const void *x, bnb_dtype dtype, int64_t n, int64_t block, bnb_type4 type, uint8_t *codes,
+                   float *absmax);
+
+/* The mean of x [n] by the fixed tree; 0 for n 0. */
+float define_mean(const float *x, int64_t n);
+
+/* ---- tables and loops */
+
+/* The table, or NULL where this machine cannot run it. */
+const struct bnb_cpu_ops *table_at(int i);
+
+/* parallel_for callbacks: backwards in odd pieces; and with real threads. */
+void loop_backwards(void *context, int64_t n, int64_t grain, bnb_range_fn body, void *arg);
+void loop_threads(void *context, int64_t n, int64_t grain, bnb_range_fn body, void *arg);
+
+#endif
