@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+
 from oracle_maps import linspace32
 
 F32 = np.float32

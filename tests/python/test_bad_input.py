@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from bad_input_cases import CASES, NAN, REFUSED, Bench
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
+from bad_input_cases import CASES, NAN, REFUSED, Bench
 
 
 @pytest.mark.parametrize("name", CASES)

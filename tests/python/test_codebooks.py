@@ -1,12 +1,12 @@
 """Maps and 4-bit tables against docs/FORMAT.md: anchor values, counts, zeros, and constructions of our own."""
 
 import numpy as np
-import oracle
-import oracle_maps
 import pytest
 import torch
 
 import bitsandbytes.functional as F
+import oracle
+import oracle_maps
 
 
 def ulps(a, b):

@@ -1,11 +1,11 @@
 """Decoded values, bit for bit against oracle.py: one fp32 product, one rounding; plain and nested statistics."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
 
 import bitsandbytes.functional as F
+import oracle
 
 LENGTHS = [0, 1, 2, 63, 64, 65, 255, 256, 257, 4095, 4096, 4097]
 MILLION = 1000003

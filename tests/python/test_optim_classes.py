@@ -1,13 +1,13 @@
 """The optimizer classes and the multi-tensor operator: many tensors equal one by one, layouts, long runs."""
 
 import numpy as np
-import oracle
-import oracle_optim as ref
 import pytest
 import torch
 
 import bitsandbytes.functional as F
 import bitsandbytes.optim as optim
+import oracle
+import oracle_optim as ref
 
 
 def tensors(dtype, seed=0, device_shapes=((5000,), (300, 20), (1,), (64, 64), (4095,), (4097,), (0,), (10007,))):

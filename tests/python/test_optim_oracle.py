@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import numpy as np
-import oracle
-import oracle_optim as ref
 import pytest
 import torch
 
 import bitsandbytes.functional as F
+import oracle
+import oracle_optim as ref
 
 LENGTHS = [1, 2, 63, 64, 65, 255, 256, 257, 4095, 4096, 4097]
 MILLION = 1000003

@@ -3,13 +3,13 @@
 import json
 
 import numpy as np
-import oracle
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import bitsandbytes.functional as F
+import oracle
 
 CODE = F.create_dynamic_map()
 HALF_GAP8 = float(np.max(np.diff(CODE.numpy()))) / 2

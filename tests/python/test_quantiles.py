@@ -1,11 +1,11 @@
 """estimate_quantiles: exact order statistics of any n, against a sort."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
 
 import bitsandbytes.functional as F
+import oracle
 
 LENGTHS = [1, 2, 3, 255, 256, 257, 513, 1000, 4097, 100003]
 

@@ -1,12 +1,12 @@
 """Codes and absmax of the block quantisers, bit for bit against oracle.py: lengths, blocks, maps, ties, corners."""
 
 import numpy as np
-import oracle
-import oracle_maps
 import pytest
 import torch
 
 import bitsandbytes.functional as F
+import oracle
+import oracle_maps
 
 LENGTHS = [0, 1, 2, 63, 64, 65, 255, 256, 257, 4095, 4096, 4097]
 MILLION = 1000003
