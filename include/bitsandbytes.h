@@ -35,13 +35,13 @@ BNB_API const char *bnb_version(void);
 /* ---------------------------------------------------------------- status */
 
 /* X(name, value, text).  Values never change meaning; new ones are appended. */
-#define BNB_STATUS_MAP(X)                                        \
-    X(OK, 0, "success")                                          \
-    X(EINVAL, 1, "an argument is out of range")                  \
-    X(EDTYPE, 2, "the operation does not support this dtype")    \
-    X(ECUDA, 3, "the CUDA driver refused a call")                \
-    X(ENOMEM, 4, "out of memory")                                \
-    X(EDEVICE, 5, "the device is absent or has no such kernel")  \
+#define BNB_STATUS_MAP(X)                                       \
+    X(OK, 0, "success")                                         \
+    X(EINVAL, 1, "an argument is out of range")                 \
+    X(EDTYPE, 2, "the operation does not support this dtype")   \
+    X(ECUDA, 3, "the CUDA driver refused a call")               \
+    X(ENOMEM, 4, "out of memory")                               \
+    X(EDEVICE, 5, "the device is absent or has no such kernel") \
     X(ENOTSUP, 6, "a valid request that is not implemented")
 
 typedef enum bnb_status {
@@ -183,8 +183,8 @@ typedef struct bnb_scales {
  * bnb_dequantize8() - code[codes[i]] * scale of its block, rounded once to the output dtype
  *   codes [n], code [256], out [n] of dtype f32, f16 or bf16; block > 0
  */
-BNB_API bnb_status bnb_dequantize8(const bnb_exec *ex, const uint8_t *codes, int64_t n, int64_t block, const float *code,
-                                   const bnb_scales *scales, void *out, bnb_dtype dtype);
+BNB_API bnb_status bnb_dequantize8(const bnb_exec *ex, const uint8_t *codes, int64_t n, int64_t block,
+                                   const float *code, const bnb_scales *scales, void *out, bnb_dtype dtype);
 
 /*
  * bnb_quantize4() - quantise n values to 4-bit codes, one scale per block

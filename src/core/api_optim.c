@@ -13,15 +13,9 @@ const struct bnb_optim_row bnb_optim_rows[] = {
 };
 enum { ROWS = sizeof bnb_optim_rows / sizeof bnb_optim_rows[0] };
 
-const char *bnb_optim_name(int i)
-{
-    return i >= 0 && i < ROWS ? bnb_optim_rows[i].name : NULL;
-}
+const char *bnb_optim_name(int i) { return i >= 0 && i < ROWS ? bnb_optim_rows[i].name : NULL; }
 
-int bnb_optim_states(int i)
-{
-    return i >= 0 && i < ROWS ? bnb_optim_rows[i].states : 0;
-}
+int bnb_optim_states(int i) { return i >= 0 && i < ROWS ? bnb_optim_rows[i].states : 0; }
 
 const struct bnb_optim_row *bnb_optim_find(const char *name)
 {
@@ -71,10 +65,14 @@ static bnb_status check_config(const char *f, const bnb_optim_config *c)
         const char *name;
         double value, end;
     } range[] = {
-        {"lr", c->lr, INFINITY},          {"beta1", c->beta1, 1.0},
-        {"beta2", c->beta2, 1.0},         {"beta3", c->beta3, 1.0},
-        {"alpha", c->alpha, INFINITY},    {"eps", c->eps, INFINITY},
-        {"weight_decay", c->weight_decay, INFINITY}, {"gnorm_scale", c->gnorm_scale, INFINITY},
+        {"lr", c->lr, INFINITY},
+        {"beta1", c->beta1, 1.0},
+        {"beta2", c->beta2, 1.0},
+        {"beta3", c->beta3, 1.0},
+        {"alpha", c->alpha, INFINITY},
+        {"eps", c->eps, INFINITY},
+        {"weight_decay", c->weight_decay, INFINITY},
+        {"gnorm_scale", c->gnorm_scale, INFINITY},
     };
     for (size_t i = 0; i < sizeof range / sizeof range[0]; i++)
         if (!(range[i].value >= 0.0 && range[i].value < range[i].end))
@@ -108,8 +106,8 @@ static bnb_status check_tensor(const char *f, const bnb_optim_tensor *t, size_t 
     };
     for (size_t k = 0; k < sizeof buffer / sizeof buffer[0]; k++)
         if (buffer[k].needed && !buffer[k].ptr)
-            return bnb_fail(BNB_EINVAL, "%s: tensors[%zu].%s is NULL, expected a buffer ('%s' with %d-bit state)", f,
-                            i, buffer[k].name, row->name, t->bits);
+            return bnb_fail(BNB_EINVAL, "%s: tensors[%zu].%s is NULL, expected a buffer ('%s' with %d-bit state)", f, i,
+                            buffer[k].name, row->name, t->bits);
     return BNB_OK;
 }
 

@@ -52,7 +52,10 @@ static bnb_status check_scales(const char *f, const bnb_scales *s, struct bnb_sc
         return bnb_fail(BNB_EINVAL, "%s: scales->block2 is 0, expected more: the other members say nested", f);
     if (s->block2 > 0 && (!s->code || !s->absmax2 || !s->offset))
         return bnb_fail(BNB_EINVAL, "%s: scales->%s is NULL, expected a buffer: block2 %lld says nested", f,
-                        !s->code ? "code" : !s->absmax2 ? "absmax2" : "offset", (long long)s->block2);
+                        !s->code      ? "code"
+                        : !s->absmax2 ? "absmax2"
+                                      : "offset",
+                        (long long)s->block2);
     *a = (struct bnb_scale_args){s->absmax, s->code, s->absmax2, s->offset, s->block2};
     return BNB_OK;
 }
@@ -80,8 +83,8 @@ bnb_status bnb_quantize8(const bnb_exec *ex, const void *x, bnb_dtype dtype, int
     CHECK(check_ptr(f, "code", code));
     CHECK(check_ptr(f, "codes", codes));
     CHECK(check_ptr(f, "absmax", absmax));
-    const struct bnb_quant8_args a = {.x = x, .codes = codes, .absmax = absmax, .n = n, .block = block,
-                                      .map = {.code = code}};
+    const struct bnb_quant8_args a = {
+        .x = x, .codes = codes, .absmax = absmax, .n = n, .block = block, .map = {.code = code}};
     return device->quantize8(ex, &a, dtype);
 }
 
@@ -121,8 +124,8 @@ bnb_status bnb_quantize4(const bnb_exec *ex, const void *x, bnb_dtype dtype, int
     CHECK(check_ptr(f, "x", x));
     CHECK(check_ptr(f, "codes", codes));
     CHECK(check_ptr(f, "absmax", absmax));
-    const struct bnb_quant4_args a = {.x = x, .codes = codes, .absmax = absmax, .n = n, .block = block,
-                                      .type = (int)type};
+    const struct bnb_quant4_args a = {
+        .x = x, .codes = codes, .absmax = absmax, .n = n, .block = block, .type = (int)type};
     return device->quantize4(ex, &a, dtype);
 }
 
@@ -163,9 +166,9 @@ bnb_status bnb_quantize_scales(const bnb_exec *ex, const float *absmax, int64_t 
         CHECK(check_ptr(f, "codes", codes));
         CHECK(check_ptr(f, "absmax2", absmax2));
     }
-    return device->quantize_scales(ex, absmax, offset,
-                                   &(struct bnb_quant8_args){.codes = codes, .absmax = absmax2, .n = n, .block = block,
-                                                             .map = {.code = code}});
+    return device->quantize_scales(
+        ex, absmax, offset,
+        &(struct bnb_quant8_args){.codes = codes, .absmax = absmax2, .n = n, .block = block, .map = {.code = code}});
 }
 
 bnb_status bnb_dequantize_scales(const bnb_exec *ex, const bnb_scales *scales, int64_t n, float *out)
@@ -174,7 +177,7 @@ bnb_status bnb_dequantize_scales(const bnb_exec *ex, const bnb_scales *scales, i
     const struct bnb_device_ops *device = bnb_device_of(ex, f);
     if (!device)
         return bnb_last_status();
-    struct bnb_scale_args a;
+    struct bnb_scale_args a = {0};
     CHECK(check_n(f, n));
     if (n == 0)
         return BNB_OK;

@@ -71,7 +71,8 @@ bnb_status bnb_create_dynamic_map(bool is_signed, int max_exponent_bits, int tot
     const int fraction_bits = bits - max_exponent_bits + (is_signed ? 0 : 1);
     for (int i = 0; i < max_exponent_bits; i++) {
         const int shift = i + fraction_bits;
-        count = add_cells(values, count, shift >= 0 ? 1 << shift : 0, power_of_ten[i + 8 - max_exponent_bits], is_signed);
+        count =
+            add_cells(values, count, shift >= 0 ? 1 << shift : 0, power_of_ten[i + 8 - max_exponent_bits], is_signed);
     }
     /* What is missing to 2^total_bits values goes into the top decade. */
     if (bits > max_exponent_bits) {
@@ -188,18 +189,31 @@ bnb_status bnb_create_quantile_map(const float *quantiles, int count, float map[
 }
 
 /* In code order, divided by the largest magnitude.  NF4: QLoRA, appendix E.  AF4: Yoshida 2023, for blocks of 64. */
-static const float map_nf4[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
-    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
-    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-static const float map_fp4[16] = {0.0f, 0.0625f / 12, 8.0f / 12, 12.0f / 12, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12,
-                                  0.0f, -0.0625f / 12, -8.0f / 12, -12.0f / 12, -4.0f / 12, -6.0f / 12, -2.0f / 12,
-                                  -3.0f / 12};
-static const float map_int4[16] = {7.0f / 7, 6.0f / 7, 5.0f / 7, 4.0f / 7, 3.0f / 7, 2.0f / 7, 1.0f / 7, 0.0f,
-                                   0.0f, -1.0f / 7, -2.0f / 7, -3.0f / 7, -4.0f / 7, -5.0f / 7, -6.0f / 7, -7.0f / 7};
-static const float map_af4[16] = {1.0f, 0.72424863f, 0.55496234f, 0.42563882f, 0.31675666f, 0.21961274f, 0.12934483f,
-                                  0.04273164f, 0.0f, -0.04934812f, -0.14982478f, -0.25607552f, -0.3736951f,
-                                  -0.51243739f, -0.69441008f, -1.0f};
+static const float map_nf4[16] = {-1.0f,
+                                  -0.6961928009986877f,
+                                  -0.5250730514526367f,
+                                  -0.39491748809814453f,
+                                  -0.28444138169288635f,
+                                  -0.18477343022823334f,
+                                  -0.09105003625154495f,
+                                  0.0f,
+                                  0.07958029955625534f,
+                                  0.16093020141124725f,
+                                  0.24611230194568634f,
+                                  0.33791524171829224f,
+                                  0.44070982933044434f,
+                                  0.5626170039176941f,
+                                  0.7229568362236023f,
+                                  1.0f};
+static const float map_fp4[16] = {0.0f,       0.0625f / 12, 8.0f / 12,  12.0f / 12,    4.0f / 12,  6.0f / 12,
+                                  2.0f / 12,  3.0f / 12,    0.0f,       -0.0625f / 12, -8.0f / 12, -12.0f / 12,
+                                  -4.0f / 12, -6.0f / 12,   -2.0f / 12, -3.0f / 12};
+static const float map_int4[16] = {7.0f / 7,  6.0f / 7,  5.0f / 7,  4.0f / 7,  3.0f / 7,  2.0f / 7,
+                                   1.0f / 7,  0.0f,      0.0f,      -1.0f / 7, -2.0f / 7, -3.0f / 7,
+                                   -4.0f / 7, -5.0f / 7, -6.0f / 7, -7.0f / 7};
+static const float map_af4[16] = {1.0f,        0.72424863f,  0.55496234f,  0.42563882f,  0.31675666f,  0.21961274f,
+                                  0.12934483f, 0.04273164f,  0.0f,         -0.04934812f, -0.14982478f, -0.25607552f,
+                                  -0.3736951f, -0.51243739f, -0.69441008f, -1.0f};
 
 const float *bnb_map4(bnb_type4 type)
 {

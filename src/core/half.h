@@ -27,10 +27,7 @@ static inline float bnb_float_of(uint32_t u)
     return x;
 }
 
-static inline float bnb_from_bf16(bnb_bf16 h)
-{
-    return bnb_float_of((uint32_t)h.bits << 16);
-}
+static inline float bnb_from_bf16(bnb_bf16 h) { return bnb_float_of((uint32_t)h.bits << 16); }
 
 static inline bnb_bf16 bnb_to_bf16(float x)
 {

@@ -17,10 +17,7 @@
 bnb_status bnb_fail(bnb_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* ceil(n / block), without overflow for any n >= 0. */
-static inline int64_t bnb_blocks(int64_t n, int64_t block)
-{
-    return n / block + (n % block != 0);
-}
+static inline int64_t bnb_blocks(int64_t n, int64_t block) { return n / block + (n % block != 0); }
 
 /* Everything a device can do.  Arguments are checked; n > 0 unless a comment says otherwise.  A NULL member: BNB_EDEVICE. */
 struct bnb_device_ops {

@@ -81,8 +81,8 @@ static void fill_form(struct bnb_map8 *map, struct bnb_dynamic_form *form)
 }
 
 /* FP4's thresholds on |u|, ascending, and the magnitude code above each.  The decimals are part of the format. */
-static const float fp4_threshold[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f, 0.4166667f, 0.583333f,
-                                       0.8333333f};
+static const float fp4_threshold[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f,
+                                       0.4166667f,  0.583333f,  0.8333333f};
 static const unsigned fp4_order[8] = {0, 1, 6, 7, 4, 5, 2, 3};
 
 static void fill_trees(void)

@@ -21,15 +21,9 @@ bnb_status bnb_fail(bnb_status status, const char *format, ...)
     return status;
 }
 
-const char *bnb_detail(void)
-{
-    return last_detail;
-}
+const char *bnb_detail(void) { return last_detail; }
 
-bnb_status bnb_last_status(void)
-{
-    return last_status;
-}
+bnb_status bnb_last_status(void) { return last_status; }
 
 const char *bnb_strerror(bnb_status status)
 {
@@ -43,10 +37,7 @@ const char *bnb_strerror(bnb_status status)
     return "unknown status";
 }
 
-const char *bnb_version(void)
-{
-    return BNB_VERSION;
-}
+const char *bnb_version(void) { return BNB_VERSION; }
 
 size_t bnb_dtype_size(bnb_dtype dtype)
 {

@@ -35,8 +35,8 @@ bnb_status bnb_cpu_dequantize4(const bnb_exec *ex, const struct bnb_dequant4_arg
 bnb_status bnb_cpu_quantize_scales(const bnb_exec *ex, const float *absmax, float *offset,
                                    const struct bnb_quant8_args *a);
 bnb_status bnb_cpu_expand_scales(const bnb_exec *ex, const struct bnb_scale_args *a, int64_t n, float *out);
-bnb_status bnb_cpu_select(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, const int64_t *rank,
-                          int count, float *out);
+bnb_status bnb_cpu_select(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, const int64_t *rank, int count,
+                          float *out);
 bnb_status bnb_cpu_optim_step(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
                               size_t count);
 

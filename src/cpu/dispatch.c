@@ -21,10 +21,7 @@ static unsigned saved_registers(void)
     return low;
 }
 
-static bool has_all(unsigned value, unsigned bits)
-{
-    return (value & bits) == bits;
-}
+static bool has_all(unsigned value, unsigned bits) { return (value & bits) == bits; }
 
 unsigned bnb_cpu_features(void)
 {
@@ -39,10 +36,7 @@ unsigned bnb_cpu_features(void)
     return BNB_CPU_AVX2 | (has_all(saved, ZMM_SAVED) && has_all(b, avx512) ? (unsigned)BNB_CPU_AVX512 : 0u);
 }
 #else
-unsigned bnb_cpu_features(void)
-{
-    return 0;
-}
+unsigned bnb_cpu_features(void) { return 0; }
 #endif
 
 const struct bnb_cpu_ops *const bnb_cpu_all[] = {
@@ -74,15 +68,9 @@ __attribute__((constructor)) static void choose(void)
             in_use = bnb_cpu_all[i];
 }
 
-const struct bnb_cpu_ops *bnb_cpu_ops_in_use(void)
-{
-    return in_use;
-}
+const struct bnb_cpu_ops *bnb_cpu_ops_in_use(void) { return in_use; }
 
-const char *bnb_cpu_isa(void)
-{
-    return in_use->name;
-}
+const char *bnb_cpu_isa(void) { return in_use->name; }
 
 void bnb_cpu_parallel(const bnb_exec *ex, int64_t n, int64_t grain, bnb_range_fn body, void *arg)
 {

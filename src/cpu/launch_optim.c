@@ -14,10 +14,7 @@ struct step_task {
     struct bnb_map8 map1, map2;
 };
 
-static int64_t blocks_of(const bnb_optim_tensor *t)
-{
-    return t->g ? bnb_blocks(t->n, BNB_OPTIM_BLOCK) : 0;
-}
+static int64_t blocks_of(const bnb_optim_tensor *t) { return t->g ? bnb_blocks(t->n, BNB_OPTIM_BLOCK) : 0; }
 
 static void run_tensor(const struct step_task *task, const bnb_optim_tensor *t, int64_t first, int64_t end)
 {

@@ -4,10 +4,7 @@
 #include "cpu/cpu.h"
 
 /* Blocks per task, so that a task has about BNB_GRAIN values. */
-static int64_t grain_of(int64_t block)
-{
-    return block >= BNB_GRAIN ? 1 : (BNB_GRAIN + block - 1) / block;
-}
+static int64_t grain_of(int64_t block) { return block >= BNB_GRAIN ? 1 : (BNB_GRAIN + block - 1) / block; }
 
 /* What a task needs: a kernel of the table and its arguments. */
 struct quant8_task {

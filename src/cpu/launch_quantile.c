@@ -139,8 +139,8 @@ static void assign_slots(struct selection *s, struct target *target, int count)
     }
 }
 
-bnb_status bnb_cpu_select(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, const int64_t *rank,
-                          int count, float *out)
+bnb_status bnb_cpu_select(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, const int64_t *rank, int count,
+                          float *out)
 {
     int64_t chunks = n / VALUES_PER_CHUNK < MOST_CHUNKS ? n / VALUES_PER_CHUNK + 1 : MOST_CHUNKS;
     if (chunks < n / MOST_VALUES_PER_CHUNK + 1)

@@ -121,10 +121,7 @@ void *bnb_write(struct bnb_call *c, const struct bnb_tensor *t);
 void bnb_give(struct bnb_call *c, const struct bnb_tensor *t);
 
 /* True until something failed. */
-static inline bool bnb_call_ok(const struct bnb_call *c)
-{
-    return c->status == BNB_OK;
-}
+static inline bool bnb_call_ok(const struct bnb_call *c) { return c->status == BNB_OK; }
 
 /* Copy back, release everything, put the results on the stack; or raise.  The last statement of every operator. */
 void bnb_call_end(struct bnb_call *c);

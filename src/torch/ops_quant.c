@@ -19,10 +19,7 @@ static void check_map(struct bnb_call *c, struct bnb_tensor *code)
     bnb_call_stage(c, code, NULL, BNB_STAGE_READ);
 }
 
-static struct bnb_ints one_size(const int64_t *n)
-{
-    return (struct bnb_ints){n, 1};
-}
+static struct bnb_ints one_size(const int64_t *n) { return (struct bnb_ints){n, 1}; }
 
 static int64_t blocks_of(const struct bnb_call *c, int64_t n, int64_t block)
 {

@@ -36,10 +36,7 @@ static struct bnb_label device_label(const struct bnb_tensor *t)
     return label;
 }
 
-static torch_value take(struct bnb_call *c)
-{
-    return c->taken < c->inputs ? c->stack[c->taken++] : 0;
-}
+static torch_value take(struct bnb_call *c) { return c->taken < c->inputs ? c->stack[c->taken++] : 0; }
 
 static struct bnb_tensor tensor_of(struct bnb_call *c, torch_value value, const char *name, int64_t index)
 {
@@ -60,10 +57,7 @@ static struct bnb_tensor tensor_of(struct bnb_call *c, torch_value value, const 
     return t;
 }
 
-struct bnb_tensor bnb_take_tensor(struct bnb_call *c, const char *name)
-{
-    return tensor_of(c, take(c), name, -1);
-}
+struct bnb_tensor bnb_take_tensor(struct bnb_call *c, const char *name) { return tensor_of(c, take(c), name, -1); }
 
 struct bnb_tensor bnb_take_optional(struct bnb_call *c, const char *name)
 {
@@ -124,10 +118,7 @@ struct bnb_ints bnb_take_ints(struct bnb_call *c)
     return ints;
 }
 
-int64_t bnb_take_int(struct bnb_call *c)
-{
-    return (int64_t)take(c);
-}
+int64_t bnb_take_int(struct bnb_call *c) { return (int64_t)take(c); }
 
 double bnb_take_float(struct bnb_call *c)
 {
@@ -137,15 +128,9 @@ double bnb_take_float(struct bnb_call *c)
     return value;
 }
 
-bool bnb_take_bool(struct bnb_call *c)
-{
-    return (take(c) & 0xff) != 0;
-}
+bool bnb_take_bool(struct bnb_call *c) { return (take(c) & 0xff) != 0; }
 
-int32_t bnb_take_dtype(struct bnb_call *c)
-{
-    return (int32_t)(uint32_t)take(c);
-}
+int32_t bnb_take_dtype(struct bnb_call *c) { return (int32_t)(uint32_t)take(c); }
 
 /* The text goes into messages, which must stay valid UTF-8 wherever they are cut: hence ASCII. */
 const char *bnb_take_string(struct bnb_call *c)

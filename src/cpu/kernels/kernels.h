@@ -26,8 +26,7 @@ struct bnb_cpu_ops {
     void (*dequant4[BNB_FLOATS])(const struct bnb_dequant4_args *a, int64_t first_block, int64_t end_block);
     /* Blocks are of 256 elements; with 32-bit state they are only a unit of work. */
     void (*optim8[BNB_RULE_COUNT][BNB_FLOATS])(const struct bnb_optim_args *a, int64_t first_block, int64_t end_block);
-    void (*optim32[BNB_RULE_COUNT][BNB_FLOATS])(const struct bnb_optim_args *a, int64_t first_block,
-                                                int64_t end_block);
+    void (*optim32[BNB_RULE_COUNT][BNB_FLOATS])(const struct bnb_optim_args *a, int64_t first_block, int64_t end_block);
 };
 
 extern const struct bnb_cpu_ops bnb_cpu_ops_scalar, bnb_cpu_ops_avx2, bnb_cpu_ops_avx512;

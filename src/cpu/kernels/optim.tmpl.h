@@ -51,12 +51,9 @@ static ALWAYS_INLINE void NAME(optim8_blocks)(const struct bnb_optim_args *a, in
     const struct encoder8 e1 = encoder8_load(&a->map1, kind1), e2 = encoder8_load(&a->map2, kind2);
     for (int64_t b = first; b < end; b++) {
         const int64_t low = b * OPTIM_BLOCK, n = a->n - low;
-        struct NAME(block8) block = {(T *)a->p + low,
-                                     (const T *)a->g + low,
-                                     (uint8_t *)a->state1 + low,
-                                     (uint8_t *)a->state2 + low,
-                                     a->absmax1 + b,
-                                     a->absmax2 + b};
+        struct NAME(block8)
+            block = {(T *)a->p + low, (const T *)a->g + low, (uint8_t *)a->state1 + low, (uint8_t *)a->state2 + low,
+                     a->absmax1 + b,  a->absmax2 + b};
         if (n >= OPTIM_BLOCK) {
             NAME(update8)(&block, a, rule, &e1, &e2);
             continue;

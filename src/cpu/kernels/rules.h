@@ -11,19 +11,15 @@
 
 #define OPTIM_BLOCK 256 /* BNB_OPTIM_BLOCK of bitsandbytes.h */
 
-struct rule_state {
-    vf p, s1, s2;
-};
+struct rule_state { vf p, s1, s2; };
 
-struct rule_scalars {
-    vf beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, decay, gnorm_scale;
-};
+struct rule_scalars { vf beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, decay, gnorm_scale; };
 
 static ALWAYS_INLINE struct rule_scalars rule_load(const struct bnb_optim_scalars *s)
 {
-    return (struct rule_scalars){vf_set(s->beta1),     vf_set(s->one_minus_beta1), vf_set(s->beta2),
-                                 vf_set(s->one_minus_beta2), vf_set(s->step_size), vf_set(s->eps),
-                                 vf_set(s->decay),     vf_set(s->gnorm_scale)};
+    return (struct rule_scalars){vf_set(s->beta1),           vf_set(s->one_minus_beta1), vf_set(s->beta2),
+                                 vf_set(s->one_minus_beta2), vf_set(s->step_size),       vf_set(s->eps),
+                                 vf_set(s->decay),           vf_set(s->gnorm_scale)};
 }
 
 /* m = beta1 m + (1 - beta1) g;  v = beta2 v + ((1 - beta2) g) g;  p = p decay + step_size m / (sqrt(v) + eps) */
@@ -80,8 +76,8 @@ static ALWAYS_INLINE void encode_state(const float *state, float absmax, const s
                 c[k] = vi_add(c[k], vi_of_mask(vm_and(zero, vf_lt(value, vf_set(0.0f)))));
             }
             if (is_signed && e->kind == ENCODE_SORTED)
-                c[k] = vi_min(vi_max(vi_add(c[k], sign_step(value, vf_gather(map->code, c[k]))), vi_set(0)),
-                              vi_set(255));
+                c[k] =
+                    vi_min(vi_max(vi_add(c[k], sign_step(value, vf_gather(map->code, c[k]))), vi_set(0)), vi_set(255));
         }
         group_store_u8(codes + i, c);
     }
