@@ -10,7 +10,9 @@
 #include "core/half.h"
 #include "cpu/cpu.h"
 
-enum { COUNTERS = 65536, NO_SLOT = 0xffff };
+/* 256 slots of 256 counters, and one more slot for the values that no wanted rank can be: counting them costs less than
+ * a branch that cannot be predicted. */
+enum { NO_SLOT = 256, COUNTERS = 257 * 256, PREFIXES = 65536 };
 
 /* Chunks have private counters: enough of them for the threads, and few enough values for 32 bits. */
 #define VALUES_PER_CHUNK (1 << 22)
@@ -23,7 +25,7 @@ struct selection {
     int64_t n;
     int64_t chunks;
     uint32_t *counts;     /* [chunks][COUNTERS]                                            */
-    uint16_t slot16[COUNTERS]; /* upper 16 bits -> slot, or NO_SLOT                        */
+    uint16_t slot16[PREFIXES]; /* upper 16 bits -> slot, or NO_SLOT                        */
     uint16_t slot24[COUNTERS]; /* slot and next 8 bits -> slot, or NO_SLOT                 */
     int pass;
 };
@@ -31,17 +33,14 @@ struct selection {
 /* 32-bit keys in the order of the values; 16-bit dtypes use the upper half alone. */
 static inline uint32_t key32(float x)
 {
-    const uint32_t u = bnb_bits_of(x);
-    if (x != x)
-        return 0xffffffffu;
-    return u >> 31 ? ~u : u | 0x80000000u;
+    const uint32_t u = bnb_bits_of(x), flip = (0u - (u >> 31)) | 0x80000000u;
+    return x == x ? u ^ flip : 0xffffffffu;
 }
 
 static inline uint16_t key16(uint16_t u, uint16_t infinity)
 {
-    if ((u & 0x7fffu) > infinity)
-        return 0xffffu;
-    return (uint16_t)(u & 0x8000u ? 0xffffu - u : u | 0x8000u);
+    const uint32_t flip = (0u - (uint32_t)(u >> 15)) | 0x8000u;
+    return (uint16_t)((u & 0x7fffu) > infinity ? 0xffffu : u ^ flip);
 }
 
 static float value_of_key(uint32_t key, bnb_dtype dtype)
@@ -69,13 +68,16 @@ static void count_floats(const struct selection *s, int64_t begin, int64_t end, 
             counts[key32(x[i]) >> 16]++;
         return;
     }
+    if (s->pass == 1) {
+        for (int64_t i = begin; i < end; i++) {
+            const uint32_t key = key32(x[i]);
+            counts[(uint32_t)s->slot16[key >> 16] << 8 | (key >> 8 & 0xffu)]++;
+        }
+        return;
+    }
     for (int64_t i = begin; i < end; i++) {
-        const uint32_t key = key32(x[i]);
-        uint32_t slot = s->slot16[key >> 16];
-        if (slot != NO_SLOT && s->pass == 2)
-            slot = s->slot24[slot << 8 | (key >> 8 & 0xffu)];
-        if (slot != NO_SLOT)
-            counts[slot << 8 | (s->pass == 1 ? key >> 8 & 0xffu : key & 0xffu)]++;
+        const uint32_t key = key32(x[i]), slot = s->slot16[key >> 16];
+        counts[(uint32_t)s->slot24[slot << 8 | (key >> 8 & 0xffu)] << 8 | (key & 0xffu)]++;
     }
 }
 
@@ -104,7 +106,7 @@ struct target {
 /* Walk the counters of `slot` (or all, for the first pass), find each target's counter, narrow its key. */
 static void locate(const struct selection *s, struct target *target, int count)
 {
-    const int width = s->pass == 0 ? COUNTERS : 256;
+    const int width = s->pass == 0 ? PREFIXES : 256;
     for (int j = 0; j < count;) {
         const int slot = target[j].slot;
         int64_t before = 0;
@@ -126,7 +128,8 @@ static void locate(const struct selection *s, struct target *target, int count)
 static void assign_slots(struct selection *s, struct target *target, int count)
 {
     uint16_t *table = s->pass == 0 ? s->slot16 : s->slot24;
-    memset(table, 0xff, COUNTERS * sizeof table[0]);
+    for (int i = 0; i < (s->pass == 0 ? PREFIXES : COUNTERS); i++)
+        table[i] = NO_SLOT;
     int slot = -1, old_slot = 0;
     for (int j = 0; j < count; j++) {
         if (j == 0 || target[j].key != target[j - 1].key)
