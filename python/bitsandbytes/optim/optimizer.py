@@ -214,6 +214,7 @@ class _BlockwiseOptimizer(Optimizer8bit):
             *(call.step, s["lr"], s["beta1"], s["beta2"], s["beta3"], s["alpha"], s["eps"], s["weight_decay"]),
             *(1.0, bool(s["skip_zeros"])),
         )
+        torch.autograd.graph.increment_version(call.p)  # as every in-place operation does; saved tensors notice
         for state, step in zip(call.states, call.step, strict=True):
             state["step"] = step
 
