@@ -217,6 +217,102 @@ BNB_API bnb_status bnb_quantize_scales(const bnb_exec *ex, const float *absmax, 
 /* bnb_dequantize_scales() - the n scales that `scales` stands for, as plain f32.  scales->block2 > 0. */
 BNB_API bnb_status bnb_dequantize_scales(const bnb_exec *ex, const bnb_scales *scales, int64_t n, float *out);
 
+/* ---------------------------------------------------------------- 4-bit matrix products */
+
+/*
+ * bnb_gemm4_args - a product with a 4-bit weight W [n, k], read in place, block by block of its row-major flattening
+ *   x       [m, k]           f32, f16 or bf16 (the gradient: [m, n])
+ *   codes   [(n k + 1) / 2]  as bnb_quantize4() wrote them
+ *   scales                   of the blocks of W, plain or nested
+ *   bias    [n] of `dtype`, or NULL
+ *   out     [m, n] of `dtype` (the gradient: [m, k])
+ */
+typedef struct bnb_gemm4_args {
+    size_t size; /* sizeof(bnb_gemm4_args) as the caller compiled it                        */
+    const void *x;
+    const uint8_t *codes;
+    const bnb_scales *scales;
+    const void *bias;
+    void *out;
+    int64_t m, n, k; /* any values >= 0                                                         */
+    int64_t block;   /* a power of two, 32..4096                                                */
+    bnb_type4 type;  /* BNB_NF4 or BNB_FP4                                                      */
+    bnb_dtype dtype; /* of x, bias and out                                                      */
+    bool exact;      /* multiply in f32 throughout.  Else few rows of a 16-bit dtype may be multiplied as 16-bit
+                        integers, relative error below 1e-4: a twentieth of bf16's own rounding          */
+} bnb_gemm4_args;
+
+/*
+ * bnb_gemm4() - out [m, n] = x [m, k] W^T + bias: the forward product of QLoRA (Dettmers et al. 2023)
+ * Weights are decoded in f32, sums are f32, the result is rounded once (NUMERICS rules 30 to 32).  W is never decoded
+ * as a whole; workspace: x in f32 and a panel of W per thread.  BNB_EINVAL, BNB_EDTYPE, BNB_ENOMEM, BNB_EDEVICE.
+ */
+BNB_API bnb_status bnb_gemm4(const bnb_exec *ex, const bnb_gemm4_args *args);
+
+/* bnb_gemm4_grad() - out [m, k] = x [m, n] W: the gradient of the input, given that of the output.  bias is NULL. */
+BNB_API bnb_status bnb_gemm4_grad(const bnb_exec *ex, const bnb_gemm4_args *args);
+
+/* ---------------------------------------------------------------- LLM.int8() */
+
+/*
+ * bnb_quantize_rows() - int8 codes and one scale per row: Dettmers et al. 2022, "LLM.int8()", section 3
+ *   x          [rows, cols]  f32, f16 or bf16
+ *   threshold  0: none.  Above 0: elements with |x| >= threshold are outliers.  They do not count for stats, their codes
+ *              are 0, and with more than one row so are all codes of their columns
+ *   codes      [rows, cols]  out: x 127 / stats, rounded to nearest even (NUMERICS rule 33)
+ *   stats      [rows]        out: largest |x| of the row; 0 makes all its codes 0
+ *   outlier    [cols]        out: 1 for a column that holds an outlier, else 0; NULL if threshold is 0
+ */
+BNB_API bnb_status bnb_quantize_rows(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t rows, int64_t cols,
+                                     double threshold, int8_t *codes, float *stats, uint8_t *outlier);
+
+/* bnb_quantize_columns() - the same with one scale per column; stats [cols].  Outliers count as 0. */
+BNB_API bnb_status bnb_quantize_columns(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t rows, int64_t cols,
+                                        double threshold, int8_t *codes, float *stats);
+
+/* bnb_dequantize_rows() - out [rows, cols] = codes * stats / 127, f32, f16 or bf16 */
+BNB_API bnb_status bnb_dequantize_rows(const bnb_exec *ex, const int8_t *codes, const float *stats, int64_t rows,
+                                       int64_t cols, void *out, bnb_dtype dtype);
+
+/* bnb_matmul8() - out [m, n] = a [m, k] b [n, k]^T in exact int32 arithmetic; -128 is a value like any other */
+BNB_API bnb_status bnb_matmul8(const bnb_exec *ex, const int8_t *a, const int8_t *b, int64_t m, int64_t n, int64_t k,
+                               int32_t *out);
+
+/*
+ * bnb_gemm8_args - an int8 product with its scales, bias and outliers
+ *   a, row_stats  [m, k], [m]     quantised activations; a is NULL where `product` is given
+ *   b, col_stats  [n, k], [n]     quantised weight
+ *   product       [m, n]          a b^T, if it is known already; else NULL
+ *   bias          [n] of bias_dtype (f32, f16 or bf16), or NULL
+ *   x, columns    [m, k] of `dtype`, [outliers] ascending: the outlier columns and the values they had, or NULL, NULL, 0
+ *   out           [m, n] of `dtype`
+ */
+typedef struct bnb_gemm8_args {
+    size_t size; /* sizeof(bnb_gemm8_args) as the caller compiled it */
+    const int8_t *a;
+    const int8_t *b;
+    const int32_t *product;
+    const float *row_stats;
+    const float *col_stats;
+    const void *bias;
+    const void *x;
+    const int64_t *columns;
+    int64_t outliers;
+    void *out;
+    int64_t m, n, k;
+    bnb_dtype dtype;
+    bnb_dtype bias_dtype;
+} bnb_gemm8_args;
+
+/*
+ * bnb_gemm8() - out = (a b^T) row_stats col_stats / 127^2 + bias + x[:, columns] W[:, columns]^T, W = b col_stats / 127
+ * The integer part is exact; scales, bias and outliers are f32; the result is rounded once.  LLM.int8(), section 3.2.
+ */
+BNB_API bnb_status bnb_gemm8(const bnb_exec *ex, const bnb_gemm8_args *args);
+
+/* bnb_gemm8_grad() - out [m, k] = x [m, n] W: the gradient of the input.  Uses x, b, col_stats, out, m, n, k, dtype. */
+BNB_API bnb_status bnb_gemm8_grad(const bnb_exec *ex, const bnb_gemm8_args *args);
+
 /* ---------------------------------------------------------------- optimizers */
 
 /* 8-bit optimizer state has one absmax per this many elements. */

@@ -9,6 +9,7 @@
 
 #if defined(__CUDACC_RTC__)
 typedef unsigned char uint8_t;
+typedef signed char int8_t;
 typedef long long int64_t;
 #else
 #include <stdint.h>
@@ -95,6 +96,70 @@ struct bnb_dequant4_args {
     int64_t block;
     const float *code; /* [16] */
     struct bnb_scale_args scale;
+};
+
+/* bnb_gemm4_args, checked.  grad: x is [m, n] and out [m, k]. */
+struct bnb_gemm4_block {
+    const void *x;
+    const uint8_t *codes;
+    const void *bias;
+    void *out;
+    int64_t m, n, k, block;
+    const float *code; /* [16] */
+    struct bnb_scale_args scale;
+    int grad;
+    int exact;
+};
+
+/*
+ * What a product kernel reads beside the block: its activations in f32, rows `stride` apart and zero up to there, and
+ * the bias in f32.  dtype is that of the result.
+ */
+struct bnb_dense_args {
+    const float *x;
+    int64_t stride;
+    const float *bias;
+    int dtype;
+};
+
+/* The inner size up to which int32 sums of int8 products cannot overflow: 2^31 / 128^2, less one. */
+#define BNB_MAX_K8 131071
+
+/* bnb_gemm8_args, checked.  sums not NULL: the int32 product is the result.  grad: x is [m, n] and out [m, k]. */
+struct bnb_gemm8_block {
+    const int8_t *a;
+    const int8_t *b;
+    const int *product;
+    int *sums;
+    const float *row_stats;
+    const float *col_stats;
+    const void *bias;
+    int bias_dtype;
+    const void *x;
+    const int64_t *columns;
+    int64_t outliers;
+    void *out;
+    int64_t m, n, k;
+    int grad;
+};
+
+/* x [rows, cols] -> int8 codes; stats per row, or per column where by_column.  outlier [cols] or NULL. */
+struct bnb_rows_args {
+    const void *x;
+    int8_t *codes;
+    float *stats;
+    uint8_t *outlier;
+    int64_t rows, cols;
+    float threshold; /* 0: no outliers */
+    int by_column;
+};
+
+/* codes [rows, cols] and stats [rows] -> out */
+struct bnb_derows_args {
+    const int8_t *codes;
+    const float *stats;
+    void *out;
+    int64_t rows, cols;
 };
 
 /* Which update rule a row of the optimizer table runs. */

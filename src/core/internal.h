@@ -32,6 +32,10 @@ struct bnb_device_ops {
     /* out[j] = the element of rank rank[j] of x [n]; rank is ascending, host memory */
     bnb_status (*select)(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, const int64_t *rank, int count,
                          float *out);
+    bnb_status (*gemm4)(const bnb_exec *ex, const struct bnb_gemm4_block *g, bnb_dtype dtype);
+    bnb_status (*gemm8)(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype);
+    bnb_status (*quantize_rows)(const bnb_exec *ex, const struct bnb_rows_args *a, bnb_dtype dtype);
+    bnb_status (*dequantize_rows)(const bnb_exec *ex, const struct bnb_derows_args *a, bnb_dtype dtype);
     bnb_status (*optim_step)(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
                              size_t count);
 };

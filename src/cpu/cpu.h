@@ -37,6 +37,10 @@ bnb_status bnb_cpu_quantize_scales(const bnb_exec *ex, const float *absmax, floa
 bnb_status bnb_cpu_expand_scales(const bnb_exec *ex, const struct bnb_scale_args *a, int64_t n, float *out);
 bnb_status bnb_cpu_select(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, const int64_t *rank, int count,
                           float *out);
+bnb_status bnb_cpu_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, bnb_dtype dtype);
+bnb_status bnb_cpu_gemm8(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype);
+bnb_status bnb_cpu_quantize_rows(const bnb_exec *ex, const struct bnb_rows_args *a, bnb_dtype dtype);
+bnb_status bnb_cpu_dequantize_rows(const bnb_exec *ex, const struct bnb_derows_args *a, bnb_dtype dtype);
 bnb_status bnb_cpu_optim_step(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
                               size_t count);
 

@@ -27,13 +27,16 @@ unsigned bnb_cpu_features(void)
 {
     const unsigned fma = 1u << 12, osxsave = 1u << 27, f16c = 1u << 29; /* leaf 1, ecx */
     const unsigned avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* leaf 7, ebx: F, DQ, BW, VL */
+    const unsigned vnni = 1u << 11; /* leaf 7, ecx */
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !has_all(c, fma | osxsave | f16c))
         return 0;
     const unsigned saved = saved_registers();
     if (!has_all(saved, YMM_SAVED) || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has_all(b, avx2))
         return 0;
-    return BNB_CPU_AVX2 | (has_all(saved, ZMM_SAVED) && has_all(b, avx512) ? (unsigned)BNB_CPU_AVX512 : 0u);
+    if (!has_all(saved, ZMM_SAVED) || !has_all(b, avx512))
+        return BNB_CPU_AVX2;
+    return BNB_CPU_AVX2 | BNB_CPU_AVX512 | (c & vnni ? (unsigned)BNB_CPU_VNNI : 0u);
 }
 #else
 unsigned bnb_cpu_features(void) { return 0; }
@@ -41,6 +44,7 @@ unsigned bnb_cpu_features(void) { return 0; }
 
 const struct bnb_cpu_ops *const bnb_cpu_all[] = {
 #if defined(__x86_64__)
+    &bnb_cpu_ops_avx512vnni,
     &bnb_cpu_ops_avx512,
     &bnb_cpu_ops_avx2,
 #endif
@@ -103,5 +107,9 @@ const struct bnb_device_ops bnb_cpu_device = {
     .quantize_scales = bnb_cpu_quantize_scales,
     .expand_scales = bnb_cpu_expand_scales,
     .select = bnb_cpu_select,
+    .gemm4 = bnb_cpu_gemm4,
+    .gemm8 = bnb_cpu_gemm8,
+    .quantize_rows = bnb_cpu_quantize_rows,
+    .dequantize_rows = bnb_cpu_dequantize_rows,
     .optim_step = bnb_cpu_optim_step,
 };

@@ -255,6 +255,17 @@ void bnb_call_stage(struct bnb_call *c, struct bnb_tensor *t, const int64_t *str
     *t = temporary;
 }
 
+void bnb_call_cast(struct bnb_call *c, struct bnb_tensor *t, int32_t dtype)
+{
+    if (!bnb_call_ok(c) || !t->present || t->dtype == dtype)
+        return;
+    struct bnb_tensor cast = bnb_new_tensor(c, t->name, bnb_sizes_of(t), dtype);
+    cast.index = t->index;
+    if (bnb_call_ok(c) && !copy(cast.handle, t->handle))
+        bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot convert %s. %s", c->op, bnb_label(t).text, bnb_torch_reason());
+    *t = cast;
+}
+
 /* ---------------------------------------------------------------- data and results */
 
 /* torch gives NULL for a tensor without elements, the core wants a pointer for every buffer. */
@@ -289,6 +300,56 @@ void bnb_give(struct bnb_call *c, const struct bnb_tensor *t)
     }
 }
 
+static torch_value *new_box(void)
+{
+    torch_value *box = NULL;
+    if (bnb_shim.new_box)
+        return bnb_shim.new_box(&box) ? NULL : box;
+    return bnb_shim.operator_new(sizeof *box);
+}
+
+void bnb_delete_box(torch_value *box)
+{
+    if (bnb_shim.delete_box)
+        bnb_shim.delete_box(box);
+    else
+        bnb_shim.operator_delete(box);
+}
+
+void bnb_give_optional(struct bnb_call *c, const struct bnb_tensor *t)
+{
+    if (!bnb_call_ok(c))
+        return;
+    if (!t->present) {
+        c->results[c->result_count++] = NULL; /* the stack's 0 is None */
+        return;
+    }
+    torch_value *box = new_box();
+    if (!box) {
+        bnb_call_fail(c, BNB_ENOMEM, "%s: out of memory for a result", c->op);
+        return;
+    }
+    c->boxes[c->result_count] = box;
+    bnb_give(c, t);
+}
+
+static void put_result(struct bnb_call *c, size_t i, bool ok)
+{
+    torch_value value = (torch_value)(uintptr_t)c->results[i];
+    if (!ok) {
+        if (c->results[i])
+            bnb_shim.delete_tensor(c->results[i]);
+        if (c->boxes[i])
+            bnb_delete_box(c->boxes[i]);
+        return;
+    }
+    if (c->boxes[i]) {
+        *c->boxes[i] = value;
+        value = (torch_value)(uintptr_t)c->boxes[i];
+    }
+    c->stack[i] = value;
+}
+
 static void release(struct bnb_call *c)
 {
     for (size_t i = 0; i < c->owned_count; i++)
@@ -313,12 +374,8 @@ void bnb_call_end(struct bnb_call *c)
             bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot copy the result into %s. %s", c->op, back->label.text,
                           bnb_torch_reason());
     const bool ok = bnb_call_ok(c);
-    for (size_t i = 0; i < c->result_count; i++) {
-        if (ok)
-            c->stack[i] = (torch_value)(uintptr_t)c->results[i];
-        else
-            bnb_shim.delete_tensor(c->results[i]);
-    }
+    for (size_t i = 0; i < c->result_count; i++)
+        put_result(c, i, ok);
     release(c);
     if (!ok)
         bnb_shim.check(false, c->op, __FILE__, __LINE__, bnb_detail());

@@ -45,7 +45,8 @@ struct bnb_call {
     uint64_t inputs; /* 0: the stack does not fit the schema, nothing can be taken */
     bnb_exec exec;   /* device and stream of the first tensor  */
     struct bnb_tensor first;
-    torch_tensor results[3];
+    torch_tensor results[5];
+    torch_value *boxes[5]; /* what holds a result of type Tensor?   */
     size_t result_count;
     bool grad_mode;
     bool parallel_failed;
@@ -83,6 +84,7 @@ int64_t bnb_take_int(struct bnb_call *c);
 double bnb_take_float(struct bnb_call *c);
 bool bnb_take_bool(struct bnb_call *c);
 int32_t bnb_take_dtype(struct bnb_call *c);   /* ScalarType, as torch numbers it */
+int32_t bnb_take_optional_dtype(struct bnb_call *c, enum bnb_torch_dtype otherwise); /* ScalarType? */
 const char *bnb_take_string(struct bnb_call *c); /* at most one per call; cut to 32 printable characters */
 
 /* Record a failure, unless there is one: bnb_call_fail(c, BNB_EINVAL, "%s: ...", c->op, ...). */
@@ -113,12 +115,21 @@ struct bnb_tensor bnb_new_strided(struct bnb_call *c, const char *name, struct b
  * read, and copied back into the argument at the end of a successful call when written. */
 void bnb_call_stage(struct bnb_call *c, struct bnb_tensor *t, const int64_t *strides, unsigned use);
 
+/* Make *t a row-major tensor of this dtype, if it has another: a temporary that torch converts. */
+void bnb_call_cast(struct bnb_call *c, struct bnb_tensor *t, int32_t dtype);
+
 /* The elements of a contiguous or staged tensor; NULL on failure. */
 const void *bnb_read(struct bnb_call *c, const struct bnb_tensor *t);
 void *bnb_write(struct bnb_call *c, const struct bnb_tensor *t);
 
 /* Give a tensor of the call away as its next result. */
 void bnb_give(struct bnb_call *c, const struct bnb_tensor *t);
+
+/* The same for a result of type Tensor?; a tensor that is not present gives None. */
+void bnb_give_optional(struct bnb_call *c, const struct bnb_tensor *t);
+
+/* Free the box of an optional. */
+void bnb_delete_box(torch_value *box);
 
 /* True until something failed. */
 static inline bool bnb_call_ok(const struct bnb_call *c) { return c->status == BNB_OK; }

@@ -20,6 +20,22 @@
     X("_quantize_scales", bnb_op_quantize_scales)                                \
     X("_dequantize_scales", bnb_op_dequantize_scales)                            \
     X("_estimate_quantiles", bnb_op_estimate_quantiles)                          \
+    X("gemm_4bit", bnb_op_gemm_4bit)                                             \
+    X("gemv_4bit", bnb_op_gemv_4bit)                                             \
+    X("gemv_4bit.out", bnb_op_gemv_4bit_out)                                     \
+    X("_linear_4bit", bnb_op_linear_4bit)                                        \
+    X("_linear_4bit_grad", bnb_op_linear_4bit_grad)                              \
+    X("int8_vectorwise_quant", bnb_op_int8_vectorwise_quant)                     \
+    X("int8_vectorwise_dequant", bnb_op_int8_vectorwise_dequant)                 \
+    X("int8_double_quant", bnb_op_int8_double_quant)                             \
+    X("int8_linear_matmul", bnb_op_int8_linear_matmul)                           \
+    X("int8_linear_matmul.out", bnb_op_int8_linear_matmul_out)                   \
+    X("int8_mm_dequant", bnb_op_int8_mm_dequant)                                 \
+    X("int8_scaled_mm", bnb_op_int8_scaled_mm)                                   \
+    X("int8_mixed_scaled_mm", bnb_op_int8_mixed_scaled_mm)                       \
+    X("_linear_int8", bnb_op_linear_int8)                                        \
+    X("_linear_int8_grad", bnb_op_linear_int8_grad)                              \
+    X("_int8_outlier_columns", bnb_op_int8_outlier_columns)                      \
     X("optimizer_update_32bit", bnb_op_optimizer_update_32bit)                   \
     X("optimizer_update_8bit_blockwise", bnb_op_optimizer_update_8bit_blockwise) \
     X("_optimizer_step", bnb_op_optimizer_step)

@@ -4,22 +4,8 @@
  * Blocks run over the row-major order of the logical tensor, so an input with other strides is copied first.  The
  * schemas are in python/bitsandbytes/_ops.py; what the numbers mean is in bitsandbytes.h.
  */
-#include <string.h>
-
-#include "call.h"
 #include "ops.h"
-
-#define MAP_WHY " (an 8-bit map)"
-
-/* A [256] f32 map, row-major. */
-static void check_map(struct bnb_call *c, struct bnb_tensor *code)
-{
-    bnb_check_dtype(c, code, BNB_TORCH_float32);
-    bnb_check_count(c, code, 256, MAP_WHY);
-    bnb_call_stage(c, code, NULL, BNB_STAGE_READ);
-}
-
-static struct bnb_ints one_size(const int64_t *n) { return (struct bnb_ints){n, 1}; }
+#include "quantized.h"
 
 static int64_t blocks_of(const struct bnb_call *c, int64_t n, int64_t block)
 {
@@ -39,14 +25,14 @@ void bnb_op_quantize_blockwise(torch_value *stack, uint64_t inputs, uint64_t out
 
     const bnb_dtype dtype = bnb_check_float(&c, "the dtype of A", a.dtype, BNB_EDTYPE);
     bnb_check_block(&c, "blocksize", block);
-    check_map(&c, &code);
+    bnb_check_map_tensor(&c, &code);
     bnb_call_stage(&c, &a, NULL, BNB_STAGE_READ);
 
     const int64_t blocks = blocks_of(&c, a.n, block);
     const struct bnb_tensor codes =
         bnb_new_tensor(&c, "the codes", bnb_sizes_of(&a), bnb_torch_dtypes[BNB_TORCH_uint8]);
     const struct bnb_tensor absmax =
-        bnb_new_tensor(&c, "absmax", one_size(&blocks), bnb_torch_dtypes[BNB_TORCH_float32]);
+        bnb_new_tensor(&c, "absmax", bnb_one_size(&blocks), bnb_torch_dtypes[BNB_TORCH_float32]);
     const void *x = bnb_read(&c, &a);
     const float *map = bnb_read(&c, &code);
     uint8_t *q = bnb_write(&c, &codes);
@@ -75,7 +61,7 @@ static void dequantize_blockwise(torch_value *stack, uint64_t inputs, bool has_o
     bnb_check_block(&c, "blocksize", block);
     bnb_check_dtype(&c, &absmax, BNB_TORCH_float32);
     bnb_check_blocks(&c, &absmax, a.n, block);
-    check_map(&c, &code);
+    bnb_check_map_tensor(&c, &code);
     if (has_out)
         bnb_check_out(&c, &out, bnb_sizes_of(&a), torch_dtype);
     bnb_call_stage(&c, &a, NULL, BNB_STAGE_READ);
@@ -112,30 +98,6 @@ void bnb_op_dequantize_blockwise_out(torch_value *stack, uint64_t inputs, uint64
 
 /* ---------------------------------------------------------------- 4 bits */
 
-static bnb_type4 take_type4(struct bnb_call *c)
-{
-    const char *name = bnb_take_string(c);
-    if (strcmp(name, "nf4") == 0)
-        return BNB_NF4;
-    if (strcmp(name, "fp4") != 0)
-        bnb_call_fail(c, BNB_EINVAL, "%s: quant_type is \"%s\", expected \"nf4\" or \"fp4\"", c->op, name);
-    return BNB_FP4;
-}
-
-static void check_block4(struct bnb_call *c, int64_t block)
-{
-    if (block < 32 || block > 4096 || (block & (block - 1)))
-        bnb_call_fail(c, BNB_EINVAL, "%s: blocksize is %lld, expected a power of two from 32 to 4096", c->op,
-                      (long long)block);
-}
-
-/* How many elements of a storage dtype hold n 4-bit codes: whole elements, so the last may be padded. */
-static int64_t packed_count(int64_t n, int64_t element_size)
-{
-    const int64_t bytes = n / 2 + n % 2;
-    return bytes / element_size + (bytes % element_size != 0);
-}
-
 /* quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor) */
 void bnb_op_quantize_4bit(torch_value *stack, uint64_t inputs, uint64_t outputs)
 {
@@ -144,7 +106,7 @@ void bnb_op_quantize_4bit(torch_value *stack, uint64_t inputs, uint64_t outputs)
     bnb_call_begin(&c, "quantize_4bit", stack, inputs, 4);
     struct bnb_tensor a = bnb_take_tensor(&c, "A");
     const int64_t block = bnb_take_int(&c);
-    const bnb_type4 type = take_type4(&c);
+    const bnb_type4 type = bnb_take_type_4bit(&c);
     const int32_t storage = bnb_take_dtype(&c);
 
     const bnb_dtype dtype = bnb_check_float(&c, "the dtype of A", a.dtype, BNB_EDTYPE);
@@ -152,15 +114,15 @@ void bnb_op_quantize_4bit(torch_value *stack, uint64_t inputs, uint64_t outputs)
         storage != bnb_torch_dtypes[BNB_TORCH_bfloat16] && storage != bnb_torch_dtypes[BNB_TORCH_float32])
         bnb_call_fail(&c, BNB_EDTYPE, "%s: quant_storage is %s, expected uint8, float16, bfloat16 or float32", c.op,
                       bnb_dtype_label(storage).text);
-    check_block4(&c, block);
+    bnb_check_block_4bit(&c, block);
     bnb_call_stage(&c, &a, NULL, BNB_STAGE_READ);
 
     const int64_t element_size = bnb_call_ok(&c) ? (int64_t)bnb_shim.element_size(storage) : 1;
-    const int64_t blocks = blocks_of(&c, a.n, block), packed_sizes[2] = {packed_count(a.n, element_size), 1};
+    const int64_t blocks = blocks_of(&c, a.n, block), packed_sizes[2] = {bnb_packed_count(a.n, element_size), 1};
     const struct bnb_tensor packed =
         bnb_new_tensor(&c, "the packed codes", (struct bnb_ints){packed_sizes, 2}, storage);
     const struct bnb_tensor absmax =
-        bnb_new_tensor(&c, "absmax", one_size(&blocks), bnb_torch_dtypes[BNB_TORCH_float32]);
+        bnb_new_tensor(&c, "absmax", bnb_one_size(&blocks), bnb_torch_dtypes[BNB_TORCH_float32]);
     /* zero bytes behind the last code */
     if (bnb_call_ok(&c) && packed.n * element_size != a.n / 2 + a.n % 2 && bnb_shim.zero(packed.handle))
         bnb_call_fail(&c, BNB_EDEVICE, "%s: torch cannot fill the packed codes with zero", c.op);
@@ -174,53 +136,6 @@ void bnb_op_quantize_4bit(torch_value *stack, uint64_t inputs, uint64_t outputs)
     bnb_call_end(&c);
 }
 
-/* The packed codes of n values, in a tensor of any shape and dtype. */
-static void check_packed(struct bnb_call *c, struct bnb_tensor *a, int64_t n)
-{
-    if (!bnb_call_ok(c))
-        return;
-    const int64_t element_size = (int64_t)bnb_shim.element_size(a->dtype);
-    const int64_t expected = packed_count(n, element_size);
-    if (a->n != expected)
-        bnb_call_fail(c, BNB_EINVAL, "%s: %s has %lld bytes, expected %lld (%lld values of 4 bits%s)", c->op,
-                      bnb_label(a).text, (long long)(a->n * element_size), (long long)(expected * element_size),
-                      (long long)n, element_size > 1 ? ", padded to whole elements" : "");
-    bnb_call_stage(c, a, NULL, BNB_STAGE_READ);
-}
-
-/* The blocks' scales, taken from the stack: plain, or nested with their own map, scales and offset. */
-struct scale_arguments {
-    struct bnb_tensor absmax, code, absmax2, offset;
-    int64_t block2;
-};
-
-static void check_scales(struct bnb_call *c, struct scale_arguments *s, bool nested)
-{
-    bnb_check_dtype(c, &s->absmax, nested ? BNB_TORCH_uint8 : BNB_TORCH_float32);
-    if (nested) {
-        bnb_check_block(c, "blocksize of the nested scales", s->block2);
-        check_map(c, &s->code);
-        bnb_check_dtype(c, &s->absmax2, BNB_TORCH_float32);
-        bnb_check_blocks(c, &s->absmax2, s->absmax.n, s->block2);
-        bnb_check_dtype(c, &s->offset, BNB_TORCH_float32);
-        bnb_check_count(c, &s->offset, 1, "");
-        bnb_call_stage(c, &s->absmax2, NULL, BNB_STAGE_READ);
-    }
-    bnb_call_stage(c, &s->absmax, NULL, BNB_STAGE_READ);
-}
-
-static bnb_scales scales_of(struct bnb_call *c, const struct scale_arguments *s, bool nested)
-{
-    bnb_scales scales = {.absmax = bnb_read(c, &s->absmax)};
-    if (nested) {
-        scales.code = bnb_read(c, &s->code);
-        scales.absmax2 = bnb_read(c, &s->absmax2);
-        scales.offset = bnb_read(c, &s->offset);
-        scales.block2 = s->block2;
-    }
-    return scales;
-}
-
 enum decode4 { DECODE_PLAIN, DECODE_OUT, DECODE_NESTED };
 
 static void dequantize_4bit(torch_value *stack, uint64_t inputs, enum decode4 kind)
@@ -231,7 +146,7 @@ static void dequantize_4bit(torch_value *stack, uint64_t inputs, enum decode4 ki
     const bool nested = kind == DECODE_NESTED;
     bnb_call_begin(&c, names[kind], stack, inputs, counts[kind]);
     struct bnb_tensor a = bnb_take_tensor(&c, "A"), out = {.present = false};
-    struct scale_arguments s = {.absmax = bnb_take_tensor(&c, "absmax")};
+    struct bnb_scale_tensors s = {.absmax = bnb_take_tensor(&c, "absmax")};
     if (nested) {
         s.code = bnb_take_tensor(&c, "absmax_code");
         s.absmax2 = bnb_take_tensor(&c, "absmax2");
@@ -239,7 +154,7 @@ static void dequantize_4bit(torch_value *stack, uint64_t inputs, enum decode4 ki
         s.block2 = bnb_take_int(&c);
     }
     const int64_t block = bnb_take_int(&c);
-    const bnb_type4 type = take_type4(&c);
+    const bnb_type4 type = bnb_take_type_4bit(&c);
     const struct bnb_ints shape = bnb_take_ints(&c);
     const int32_t torch_dtype = bnb_take_dtype(&c);
     if (kind == DECODE_OUT)
@@ -247,9 +162,9 @@ static void dequantize_4bit(torch_value *stack, uint64_t inputs, enum decode4 ki
 
     const bnb_dtype dtype = bnb_check_float(&c, "dtype", torch_dtype, BNB_EDTYPE);
     const int64_t n = bnb_check_shape(&c, "shape", shape);
-    check_block4(&c, block);
-    check_packed(&c, &a, n);
-    check_scales(&c, &s, nested);
+    bnb_check_block_4bit(&c, block);
+    bnb_check_packed(&c, &a, n, false);
+    bnb_check_scale_tensors(&c, &s, nested);
     bnb_check_blocks(&c, &s.absmax, n, block);
     if (kind == DECODE_OUT) {
         bnb_check_out(&c, &out, shape, torch_dtype);
@@ -258,7 +173,7 @@ static void dequantize_4bit(torch_value *stack, uint64_t inputs, enum decode4 ki
         out = bnb_new_tensor(&c, "the result", shape, torch_dtype);
     }
     const uint8_t *q = bnb_read(&c, &a);
-    const bnb_scales scales = scales_of(&c, &s, nested);
+    const bnb_scales scales = bnb_scale_pointers(&c, &s, nested);
     void *x = bnb_write(&c, &out);
     if (bnb_call_ok(&c))
         c.status = bnb_dequantize4(&c.exec, q, n, block, type, &scales, x, dtype);
@@ -302,14 +217,14 @@ void bnb_op_quantize_scales(torch_value *stack, uint64_t inputs, uint64_t output
 
     bnb_check_dtype(&c, &absmax, BNB_TORCH_float32);
     bnb_check_block(&c, "blocksize", block);
-    check_map(&c, &code);
+    bnb_check_map_tensor(&c, &code);
     bnb_call_stage(&c, &absmax, NULL, BNB_STAGE_READ);
 
     const int32_t f32 = bnb_torch_dtypes[BNB_TORCH_float32];
     const int64_t blocks = blocks_of(&c, absmax.n, block);
     const struct bnb_tensor codes =
         bnb_new_tensor(&c, "the codes", bnb_sizes_of(&absmax), bnb_torch_dtypes[BNB_TORCH_uint8]);
-    const struct bnb_tensor absmax2 = bnb_new_tensor(&c, "absmax2", one_size(&blocks), f32);
+    const struct bnb_tensor absmax2 = bnb_new_tensor(&c, "absmax2", bnb_one_size(&blocks), f32);
     const struct bnb_tensor offset = bnb_new_tensor(&c, "offset", (struct bnb_ints){NULL, 0}, f32);
     const float *x = bnb_read(&c, &absmax), *map = bnb_read(&c, &code);
     uint8_t *q = bnb_write(&c, &codes);
@@ -328,16 +243,16 @@ void bnb_op_dequantize_scales(torch_value *stack, uint64_t inputs, uint64_t outp
     struct bnb_call c;
     (void)outputs;
     bnb_call_begin(&c, "_dequantize_scales", stack, inputs, 5);
-    struct scale_arguments s = {.absmax = bnb_take_tensor(&c, "absmax")};
+    struct bnb_scale_tensors s = {.absmax = bnb_take_tensor(&c, "absmax")};
     s.code = bnb_take_tensor(&c, "code");
     s.absmax2 = bnb_take_tensor(&c, "absmax2");
     s.offset = bnb_take_tensor(&c, "offset");
     s.block2 = bnb_take_int(&c);
 
-    check_scales(&c, &s, true);
+    bnb_check_scale_tensors(&c, &s, true);
     const struct bnb_tensor out =
         bnb_new_tensor(&c, "the result", bnb_sizes_of(&s.absmax), bnb_torch_dtypes[BNB_TORCH_float32]);
-    const bnb_scales scales = scales_of(&c, &s, true);
+    const bnb_scales scales = bnb_scale_pointers(&c, &s, true);
     float *x = bnb_write(&c, &out);
     if (bnb_call_ok(&c))
         c.status = bnb_dequantize_scales(&c.exec, &scales, s.absmax.n, x);
@@ -363,7 +278,7 @@ void bnb_op_estimate_quantiles(torch_value *stack, uint64_t inputs, uint64_t out
                       (long long)count);
     bnb_call_stage(&c, &a, NULL, BNB_STAGE_READ);
     const struct bnb_tensor out =
-        bnb_new_tensor(&c, "the quantiles", one_size(&count), bnb_torch_dtypes[BNB_TORCH_float32]);
+        bnb_new_tensor(&c, "the quantiles", bnb_one_size(&count), bnb_torch_dtypes[BNB_TORCH_float32]);
     const void *x = bnb_read(&c, &a);
     float *q = bnb_write(&c, &out);
     if (bnb_call_ok(&c))

@@ -30,7 +30,8 @@ static const struct symbol optional[] = {
 #define X(member, symbol, result, arguments) {symbol, &bnb_shim.member},
     BNB_SHIM_OPTIONAL(X)
 #undef X
-        {"_ZdlPv", &bnb_shim.operator_delete},
+        {"_Znwm", &bnb_shim.operator_new},
+    {"_ZdlPv", &bnb_shim.operator_delete},
 };
 
 static void *loaded_library(const char *lib_dir, const char *name)
@@ -87,5 +88,8 @@ bnb_status bnb_shim_load(const char *lib_dir)
     if (!bnb_shim.delete_box && !bnb_shim.operator_delete)
         return bnb_fail(BNB_EDEVICE, "neither torch_delete_stable_ivalue nor operator delete (_ZdlPv) was found: "
                                      "optional arguments could not be freed");
+    if (!bnb_shim.new_box && !bnb_shim.operator_new)
+        return bnb_fail(BNB_EDEVICE, "neither torch_new_stable_ivalue nor operator new (_Znwm) was found: "
+                                     "optional results could not be given");
     return load_dtypes(cpu);
 }

@@ -67,8 +67,9 @@ typedef void (*torch_range_fn)(int64_t begin, int64_t end, void *arg);
     X(parallel_for, "torch_parallel_for", torch_error,                                                          \
       (int64_t begin, int64_t end, int64_t grain, torch_range_fn body, void *arg))
 
-/* NULL where the running torch lacks them: the two of 2.13, and the one of libtorch_cuda. */
+/* NULL where the running torch lacks them: the three of 2.13, and the one of libtorch_cuda. */
 #define BNB_SHIM_OPTIONAL(X)                                                      \
+    X(new_box, "torch_new_stable_ivalue", torch_error, (torch_value * *box))      \
     X(delete_box, "torch_delete_stable_ivalue", torch_error, (torch_value * box)) \
     X(reason, "torch_exception_get_what_without_backtrace", const char *, (void)) \
     X(cuda_stream, "aoti_torch_get_current_cuda_stream", torch_error, (int32_t index, void **stream))
@@ -78,7 +79,9 @@ struct bnb_shim {
     BNB_SHIM_REQUIRED(X)
     BNB_SHIM_OPTIONAL(X)
 #undef X
-    void (*operator_delete)(void *ptr); /* the C++ runtime's: frees the boxes of optionals before torch 2.13 */
+    /* the C++ runtime's: make and free the boxes of optionals before torch 2.13 */
+    void *(*operator_new)(size_t size);
+    void (*operator_delete)(void *ptr);
 };
 
 /* Filled once, before any operator exists; only read afterwards, from any thread. */

@@ -59,18 +59,28 @@ static struct bnb_tensor tensor_of(struct bnb_call *c, torch_value value, const 
 
 struct bnb_tensor bnb_take_tensor(struct bnb_call *c, const char *name) { return tensor_of(c, take(c), name, -1); }
 
-struct bnb_tensor bnb_take_optional(struct bnb_call *c, const char *name)
+/* What an optional holds; false for None. */
+static bool take_box(struct bnb_call *c, torch_value *value)
 {
     torch_value *box = (torch_value *)(uintptr_t)take(c);
+    if (!box)
+        return false;
+    *value = *box;
+    bnb_delete_box(box);
+    return true;
+}
+
+struct bnb_tensor bnb_take_optional(struct bnb_call *c, const char *name)
+{
     torch_value value = 0;
-    if (box) {
-        value = *box;
-        if (bnb_shim.delete_box)
-            bnb_shim.delete_box(box);
-        else
-            bnb_shim.operator_delete(box);
-    }
+    take_box(c, &value);
     return tensor_of(c, value, name, -1);
+}
+
+int32_t bnb_take_optional_dtype(struct bnb_call *c, enum bnb_torch_dtype otherwise)
+{
+    torch_value value = 0;
+    return take_box(c, &value) ? (int32_t)(uint32_t)value : bnb_torch_dtypes[otherwise];
 }
 
 /* A list owns its items only as numbers: each must be taken, whatever happened before. */

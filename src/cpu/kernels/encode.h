@@ -8,11 +8,20 @@
 #define BNB_CPU_ENCODE_H
 
 #include <float.h>
+#include <math.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include "core/args.h"
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+
+/* Before a short loop over an array that is to live in registers. */
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
 
 /* Keeps the compiler from turning the look-ups around it into a gather. */
 #define KEEP_SCALAR() __asm__ volatile("")
@@ -157,7 +166,9 @@ static inline float block_scale(const struct bnb_scale_args *s, int64_t b)
 {
     if (!s->absmax2)
         return ((const float *)s->absmax)[b];
-    const float product = s->code[((const uint8_t *)s->absmax)[b]] * s->absmax2[b / s->block2];
+    const bool power_of_two = (s->block2 & (s->block2 - 1)) == 0; /* a shift is much faster than a division */
+    const int64_t outer = power_of_two ? b >> __builtin_ctzll((unsigned long long)s->block2) : b / s->block2;
+    const float product = s->code[((const uint8_t *)s->absmax)[b]] * s->absmax2[outer];
     return product + *s->offset;
 }
 

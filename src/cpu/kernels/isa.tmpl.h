@@ -4,6 +4,12 @@
  * In: ISA_NAME, ISA_NEEDS, ISA_OPS, and the simd_*.h of the instruction set already included.
  */
 #include "cpu/kernels/encode.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/gemm4.h"
+#include "cpu/kernels/gemm8.h"
+#if defined(ISA_INT16_ROWS)
+#include "cpu/kernels/gemv4_int16.h"
+#endif
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/rules.h"
 
@@ -14,6 +20,7 @@
 #include "cpu/kernels/quant8.tmpl.h"
 #include "cpu/kernels/quant4.tmpl.h"
 #include "cpu/kernels/optim.tmpl.h"
+#include "cpu/kernels/rows.tmpl.h"
 #undef T
 #undef NAME
 #undef LOAD
@@ -26,6 +33,7 @@
 #include "cpu/kernels/quant8.tmpl.h"
 #include "cpu/kernels/quant4.tmpl.h"
 #include "cpu/kernels/optim.tmpl.h"
+#include "cpu/kernels/rows.tmpl.h"
 #undef T
 #undef NAME
 #undef LOAD
@@ -38,6 +46,7 @@
 #include "cpu/kernels/quant8.tmpl.h"
 #include "cpu/kernels/quant4.tmpl.h"
 #include "cpu/kernels/optim.tmpl.h"
+#include "cpu/kernels/rows.tmpl.h"
 
 #define ALL_DTYPES(kernel) {kernel##_f32, kernel##_f16, kernel##_bf16} /* in the order of bnb_dtype */
 
@@ -50,4 +59,24 @@ const struct bnb_cpu_ops ISA_OPS = {
     .dequant4 = ALL_DTYPES(dequant4),
     .optim8 = {[BNB_RULE_ADAM] = ALL_DTYPES(optim8_adam)},
     .optim32 = {[BNB_RULE_ADAM] = ALL_DTYPES(optim32_adam)},
+    .tile_columns = TILE_N,
+    .axpy_columns = AXPY_N,
+    .run = 2 * VF_LANES,
+    .pack8_bytes = sizeof(dot_a),
+    .widen = ALL_DTYPES(widen),
+    .gemm4_dot = gemm4_dot,
+    .gemm4_axpy = gemm4_axpy,
+    .pack_pairs = pack_pairs,
+    .gemv4 = gemv4,
+#if defined(ISA_INT16_ROWS)
+    .int16_rows = ISA_INT16_ROWS,
+    .int16_step = STEP,
+    .pack16 = pack16,
+    .gemv4_int16 = gemv4_int16,
+#endif
+    .pack8 = pack8,
+    .gemm8_dot = gemm8_dot,
+    .gemm8_axpy = gemm8_axpy,
+    .quant_rows = ALL_DTYPES(quant_rows),
+    .dequant_rows = ALL_DTYPES(dequant_rows),
 };

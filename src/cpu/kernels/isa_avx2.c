@@ -4,4 +4,5 @@
 #define ISA_NAME "avx2"
 #define ISA_NEEDS BNB_CPU_AVX2
 #define ISA_OPS bnb_cpu_ops_avx2
+#define ISA_INT16_ROWS 4
 #include "cpu/kernels/isa.tmpl.h"

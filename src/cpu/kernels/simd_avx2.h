@@ -86,6 +86,7 @@ static inline vi vi_bits(vf a) { return _mm256_castps_si256(a); }
 static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 static inline vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
 static inline vi vi_mul16(vi a) { return _mm256_slli_epi32(a, 4); }
+static inline vi vi_div16(vi a) { return _mm256_srli_epi32(a, 4); }
 static inline vi vi_xor(vi a, vi b) { return _mm256_xor_si256(a, b); }
 static inline vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 static inline vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
@@ -143,5 +144,74 @@ static inline void group_load_u4(const uint8_t *p, vi c[4])
     c[2] = _mm256_cvtepu8_epi32(second);
     c[3] = _mm256_cvtepu8_epi32(_mm_srli_si128(second, 8));
 }
+
+/* ---- matrix products */
+
+enum { TILE_M = 3, TILE_M8 = 3, TILE_N = 4, AXPY_M = 3, AXPY_V = 4 };
+
+static inline vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+
+static inline float vf_hsum(vf a)
+{
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+static inline vi vi_round(vf a) { return _mm256_cvtps_epi32(a); }
+
+static inline vf vf_load_i8(const int8_t *p)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
+}
+
+static inline void group_store_i8(int8_t *p, const vi c[4])
+{
+    const __m256i low = _mm256_packs_epi32(c[0], c[1]), high = _mm256_packs_epi32(c[2], c[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    _mm256_storeu_si256((__m256i *)(void *)p, bytes);
+}
+
+enum { DOT_LANES = 16, DOT_SHIFT = 0 };
+typedef int16_t dot_a;
+typedef int16_t dot_b;
+
+static inline vi dot_load(const int16_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
+static inline vi dot_step(vi sum, vi a, vi b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+
+static inline int32_t vi_hsum(vi a)
+{
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+/* ---- bytes: VB_BYTES of them; look-ups and zips work within each 16 */
+
+enum { VB_BYTES = 32 };
+
+typedef __m256i vb;
+
+static inline vb vb_load(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
+static inline vb vb_table(const uint8_t t[16])
+{
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)t));
+}
+static inline vb vb_low_nibbles(vb a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+static inline vb vb_high_nibbles(vb a) { return vb_low_nibbles(_mm256_srli_epi16(a, 4)); }
+static inline vb vb_lookup(vb table, vb i) { return _mm256_shuffle_epi8(table, i); }
+static inline vb vb_zip_first(vb a, vb b) { return _mm256_unpacklo_epi8(a, b); }
+static inline vb vb_zip_second(vb a, vb b) { return _mm256_unpackhi_epi8(a, b); }
+
+/* products of 16-bit integers, added in pairs */
+static inline vf vf_dot16(vb w, const int16_t *x)
+{
+    const __m256i a = _mm256_loadu_si256((const __m256i *)(const void *)x);
+    return _mm256_cvtepi32_ps(_mm256_madd_epi16(w, a));
+}
+
+/* absmax[r] scale[r] where run r of 64 elements ends up */
+static inline vf vf_units(const float absmax[1], const float *scale) { return vf_set(absmax[0] * scale[0]); }
 
 #endif

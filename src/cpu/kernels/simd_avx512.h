@@ -79,6 +79,7 @@ static inline vi vi_bits(vf a) { return _mm512_castps_si512(a); }
 static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 static inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 static inline vi vi_mul16(vi a) { return _mm512_slli_epi32(a, 4); }
+static inline vi vi_div16(vi a) { return _mm512_srli_epi32(a, 4); }
 static inline vi vi_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
 static inline vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 static inline vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
@@ -128,6 +129,74 @@ static inline void group_load_u4(const uint8_t *p, vi c[4])
         const __m128i even = _mm_and_si128(_mm_srli_epi16(packed, 4), mask), odd = _mm_and_si128(packed, mask);
         c[k] = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd));
     }
+}
+
+/* ---- matrix products */
+
+enum { TILE_M = 4, TILE_M8 = 2, TILE_N = 6, AXPY_M = 6, AXPY_V = 4 };
+
+static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline float vf_hsum(vf a) { return _mm512_reduce_add_ps(a); }
+static inline vi vi_round(vf a) { return _mm512_cvtps_epi32(a); }
+
+static inline vf vf_load_i8(const int8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+}
+
+static inline void group_store_i8(int8_t *p, const vi c[4])
+{
+    for (int k = 0; k < 4; k++)
+        _mm_storeu_si128((__m128i *)(void *)(p + 16 * k), _mm512_cvtepi32_epi8(c[k]));
+}
+
+#if defined(__AVX512VNNI__)
+/* Unsigned by signed bytes, four products a lane; sums wrap, so taking the shift back at the end is exact. */
+enum { DOT_LANES = 64, DOT_SHIFT = 128 };
+typedef uint8_t dot_a;
+typedef int8_t dot_b;
+
+static inline vi dot_step(vi sum, vi a, vi b) { return _mm512_dpbusd_epi32(sum, a, b); }
+#else
+enum { DOT_LANES = 32, DOT_SHIFT = 0 };
+typedef int16_t dot_a;
+typedef int16_t dot_b;
+
+static inline vi dot_step(vi sum, vi a, vi b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+#endif
+
+static inline vi dot_load(const void *p) { return _mm512_loadu_si512(p); }
+
+static inline int32_t vi_hsum(vi a) { return _mm512_reduce_add_epi32(a); }
+
+/* ---- bytes: VB_BYTES of them; look-ups and zips work within each 16 */
+
+enum { VB_BYTES = 64 };
+
+typedef __m512i vb;
+
+static inline vb vb_load(const uint8_t *p) { return _mm512_loadu_si512((const __m512i *)(const void *)p); }
+static inline vb vb_table(const uint8_t t[16])
+{
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)t));
+}
+static inline vb vb_low_nibbles(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+static inline vb vb_high_nibbles(vb a) { return vb_low_nibbles(_mm512_srli_epi16(a, 4)); }
+static inline vb vb_lookup(vb table, vb i) { return _mm512_shuffle_epi8(table, i); }
+static inline vb vb_zip_first(vb a, vb b) { return _mm512_unpacklo_epi8(a, b); }
+static inline vb vb_zip_second(vb a, vb b) { return _mm512_unpackhi_epi8(a, b); }
+
+/* products of 16-bit integers, added in pairs */
+static inline vf vf_dot16(vb w, const int16_t *x)
+{
+    const __m512i a = _mm512_loadu_si512((const __m512i *)(const void *)x);
+    return _mm512_cvtepi32_ps(_mm512_madd_epi16(w, a));
+}
+
+/* absmax[r] scale[r] where run r of 64 elements ends up */
+static inline vf vf_units(const float absmax[2], const float *scale)
+{
+    return _mm512_mask_blend_ps(0xff00, vf_set(absmax[0] * scale[0]), vf_set(absmax[1] * scale[1]));
 }
 
 #endif

@@ -58,6 +58,7 @@ static inline vi vi_bits(vf a) { return (int32_t)bnb_bits_of(a); }
 static inline vi vi_add(vi a, vi b) { return a + b; }
 static inline vi vi_sub(vi a, vi b) { return a - b; }
 static inline vi vi_mul16(vi a) { return a * 16; }
+static inline vi vi_div16(vi a) { return a >> 4; }
 static inline vi vi_xor(vi a, vi b) { return a ^ b; }
 static inline vi vi_and(vi a, vi b) { return a & b; }
 static inline vi vi_or(vi a, vi b) { return a | b; }
@@ -73,7 +74,7 @@ static inline vf lut8_at(lut8 t, vi i) { return t[i & 7]; }
 static inline lut8i lut8i_load(const int *p) { return p; }
 static inline vi lut8i_at(lut8i t, vi i) { return t[i & 7]; }
 static inline lut16 lut16_load(const float *p) { return p; }
-static inline vf lut16_at(lut16 t, vi i) { return t[i & 15]; }
+static inline vf lut16_at(lut16 t, vi i) { return t[i & 15]; } /* the low four bits of i alone count */
 
 static inline vi vi_load_u8(const uint8_t *p) { return *p; }
 
@@ -96,5 +97,28 @@ static inline void group_load_u4(const uint8_t *p, vi c[4])
     c[2] = p[1] >> 4;
     c[3] = p[1] & 15;
 }
+
+/* ---- matrix products: tiles of TILE_M rows by TILE_N columns of dot products */
+
+enum { TILE_M = 2, TILE_M8 = 2, TILE_N = 2, AXPY_M = 2, AXPY_V = 4 };
+
+static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; } /* products may contract: NUMERICS rule 30 */
+static inline float vf_hsum(vf a) { return a; }
+static inline vi vi_round(vf a) { return (int32_t)rintf(a); } /* to nearest even */
+static inline vf vf_load_i8(const int8_t *p) { return (float)*p; }
+
+static inline void group_store_i8(int8_t *p, const vi c[4])
+{
+    for (int k = 0; k < 4; k++)
+        p[k] = (int8_t)c[k];
+}
+
+/* Integer dot products: DOT_LANES elements of each operand a step.  A packed value of a is the value plus DOT_SHIFT. */
+enum { DOT_LANES = 1, DOT_SHIFT = 0 };
+typedef int16_t dot_a;
+typedef int16_t dot_b;
+static inline vi dot_load(const int16_t *p) { return *p; }
+static inline vi dot_step(vi sum, vi a, vi b) { return sum + a * b; }
+static inline int32_t vi_hsum(vi a) { return a; }
 
 #endif

@@ -1,0 +1,252 @@
+/*
+ * api_gemm.c - the public matrix products: check everything, call the device
+ */
+#include <math.h>
+
+#include "core/check.h"
+#include "core/internal.h"
+
+/* Product of two sizes in elements, refused where the bytes of the largest dtype would overflow. */
+static bnb_status check_sizes(const char *f, int64_t m, int64_t n, int64_t k)
+{
+    const struct {
+        const char *name;
+        int64_t value;
+    } size[] = {{"m", m}, {"n", n}, {"k", k}};
+    for (int i = 0; i < 3; i++)
+        if (size[i].value < 0)
+            return bnb_fail(BNB_EINVAL, "%s: %s is %lld, expected 0 or more", f, size[i].name,
+                            (long long)size[i].value);
+    const int64_t pair[3][2] = {{m, n}, {m, k}, {n, k}};
+    for (int i = 0; i < 3; i++)
+        if (pair[i][0] > 0 && pair[i][1] > INT64_MAX / 8 / pair[i][0])
+            return bnb_fail(BNB_EINVAL, "%s: m, n, k are %lld, %lld, %lld, expected a product that fits into memory", f,
+                            (long long)m, (long long)n, (long long)k);
+    return BNB_OK;
+}
+
+static bnb_status check_gemm4(const char *f, const bnb_gemm4_args *g, struct bnb_gemm4_block *b, bool grad)
+{
+    if (!g)
+        return bnb_fail(BNB_EINVAL, "%s: args is NULL, expected a bnb_gemm4_args", f);
+    if (g->size < sizeof *g)
+        return bnb_fail(BNB_EINVAL, "%s: args->size is %zu, expected at least sizeof(bnb_gemm4_args) = %zu", f, g->size,
+                        sizeof *g);
+    BNB_CHECK(bnb_core_check_float(f, g->dtype));
+    BNB_CHECK(check_sizes(f, g->m, g->n, g->k));
+    BNB_CHECK(bnb_core_check_block4(f, g->block));
+    BNB_CHECK(bnb_core_check_type4(f, g->type));
+    if (grad && g->bias)
+        return bnb_fail(BNB_EINVAL, "%s: bias is given, expected NULL: it has no part in the gradient of the input", f);
+    *b = (struct bnb_gemm4_block){.x = g->x,
+                                  .codes = g->codes,
+                                  .bias = g->bias,
+                                  .out = g->out,
+                                  .m = g->m,
+                                  .n = g->n,
+                                  .k = g->k,
+                                  .block = g->block,
+                                  .code = bnb_map4(g->type),
+                                  .grad = grad,
+                                  .exact = g->exact || g->dtype == BNB_F32};
+    const int64_t inner = grad ? g->n : g->k, outer = grad ? g->k : g->n;
+    if (g->m == 0 || outer == 0)
+        return BNB_OK;
+    BNB_CHECK(bnb_core_check_ptr(f, "out", g->out));
+    if (inner == 0)
+        return BNB_OK;
+    BNB_CHECK(bnb_core_check_ptr(f, "x", g->x));
+    BNB_CHECK(bnb_core_check_ptr(f, "codes", g->codes));
+    return bnb_core_check_scales(f, g->scales, &b->scale);
+}
+
+static bnb_status run_gemm4(const bnb_exec *ex, const bnb_gemm4_args *g, bool grad)
+{
+    const char *f = grad ? "gemm4_grad" : "gemm4";
+    struct bnb_gemm4_block b;
+    const struct bnb_device_ops *device = bnb_device_of(ex, f);
+    if (!device)
+        return bnb_last_status();
+    BNB_CHECK(check_gemm4(f, g, &b, grad));
+    if (g->m == 0 || (grad ? g->k : g->n) == 0)
+        return BNB_OK;
+    return device->gemm4(ex, &b, g->dtype);
+}
+
+bnb_status bnb_gemm4(const bnb_exec *ex, const bnb_gemm4_args *args) { return run_gemm4(ex, args, false); }
+
+bnb_status bnb_gemm4_grad(const bnb_exec *ex, const bnb_gemm4_args *args) { return run_gemm4(ex, args, true); }
+
+/* ---- int8 */
+
+static bnb_status check_matrix(const char *f, bnb_dtype dtype, int64_t rows, int64_t cols, double threshold)
+{
+    BNB_CHECK(bnb_core_check_float(f, dtype));
+    if (rows < 0 || cols < 0)
+        return bnb_fail(BNB_EINVAL, "%s: %s is %lld, expected 0 or more", f, rows < 0 ? "rows" : "cols",
+                        (long long)(rows < 0 ? rows : cols));
+    if (!(threshold >= 0.0))
+        return bnb_fail(BNB_EINVAL, "%s: threshold is %g, expected 0 or more", f, threshold);
+    return BNB_OK;
+}
+
+static bnb_status run_quantize(const bnb_exec *ex, const char *f, const struct bnb_rows_args *a, bnb_dtype dtype,
+                               double threshold)
+{
+    const struct bnb_device_ops *device = bnb_device_of(ex, f);
+    if (!device)
+        return bnb_last_status();
+    BNB_CHECK(check_matrix(f, dtype, a->rows, a->cols, threshold));
+    if (a->rows > 0 && a->cols > 0) {
+        BNB_CHECK(bnb_core_check_ptr(f, "x", a->x));
+        BNB_CHECK(bnb_core_check_ptr(f, "codes", a->codes));
+    }
+    if ((a->by_column ? a->cols : a->rows) > 0)
+        BNB_CHECK(bnb_core_check_ptr(f, "stats", a->stats));
+    if (!a->by_column && threshold > 0.0 && a->cols > 0)
+        BNB_CHECK(bnb_core_check_ptr(f, "outlier", a->outlier));
+    return device->quantize_rows(ex, a, dtype);
+}
+
+bnb_status bnb_quantize_rows(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t rows, int64_t cols,
+                             double threshold, int8_t *codes, float *stats, uint8_t *outlier)
+{
+    const struct bnb_rows_args a = {.x = x,
+                                    .codes = codes,
+                                    .stats = stats,
+                                    .rows = rows,
+                                    .cols = cols,
+                                    .outlier = threshold > 0.0 ? outlier : NULL,
+                                    .threshold = (float)threshold};
+    return run_quantize(ex, "quantize_rows", &a, dtype, threshold);
+}
+
+bnb_status bnb_quantize_columns(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t rows, int64_t cols,
+                                double threshold, int8_t *codes, float *stats)
+{
+    const struct bnb_rows_args a = {.x = x,
+                                    .codes = codes,
+                                    .stats = stats,
+                                    .rows = rows,
+                                    .cols = cols,
+                                    .threshold = (float)threshold,
+                                    .by_column = 1};
+    return run_quantize(ex, "quantize_columns", &a, dtype, threshold);
+}
+
+bnb_status bnb_dequantize_rows(const bnb_exec *ex, const int8_t *codes, const float *stats, int64_t rows, int64_t cols,
+                               void *out, bnb_dtype dtype)
+{
+    const char *f = "dequantize_rows";
+    const struct bnb_device_ops *device = bnb_device_of(ex, f);
+    if (!device)
+        return bnb_last_status();
+    BNB_CHECK(check_matrix(f, dtype, rows, cols, 0.0));
+    if (rows == 0 || cols == 0)
+        return BNB_OK;
+    BNB_CHECK(bnb_core_check_ptr(f, "codes", codes));
+    BNB_CHECK(bnb_core_check_ptr(f, "stats", stats));
+    BNB_CHECK(bnb_core_check_ptr(f, "out", out));
+    const struct bnb_derows_args a = {.codes = codes, .stats = stats, .out = out, .rows = rows, .cols = cols};
+    return device->dequantize_rows(ex, &a, dtype);
+}
+
+bnb_status bnb_matmul8(const bnb_exec *ex, const int8_t *a, const int8_t *b, int64_t m, int64_t n, int64_t k,
+                       int32_t *out)
+{
+    const char *f = "matmul8";
+    const struct bnb_device_ops *device = bnb_device_of(ex, f);
+    if (!device)
+        return bnb_last_status();
+    BNB_CHECK(check_sizes(f, m, n, k));
+    if (k > BNB_MAX_K8)
+        return bnb_fail(BNB_ENOTSUP, "%s: k is %lld, expected at most %d: int32 sums could overflow", f, (long long)k,
+                        BNB_MAX_K8);
+    if (m == 0 || n == 0)
+        return BNB_OK;
+    BNB_CHECK(bnb_core_check_ptr(f, "out", out));
+    if (k > 0) {
+        BNB_CHECK(bnb_core_check_ptr(f, "a", a));
+        BNB_CHECK(bnb_core_check_ptr(f, "b", b));
+    }
+    const struct bnb_gemm8_block g = {.a = a, .b = b, .sums = out, .m = m, .n = n, .k = k};
+    return device->gemm8(ex, &g, BNB_F32);
+}
+
+static bnb_status check_gemm8(const char *f, const bnb_gemm8_args *g)
+{
+    if (!g)
+        return bnb_fail(BNB_EINVAL, "%s: args is NULL, expected a bnb_gemm8_args", f);
+    if (g->size < sizeof *g)
+        return bnb_fail(BNB_EINVAL, "%s: args->size is %zu, expected at least sizeof(bnb_gemm8_args) = %zu", f, g->size,
+                        sizeof *g);
+    BNB_CHECK(bnb_core_check_float(f, g->dtype));
+    BNB_CHECK(check_sizes(f, g->m, g->n, g->k));
+    if (g->k > BNB_MAX_K8)
+        return bnb_fail(BNB_ENOTSUP, "%s: k is %lld, expected at most %d: int32 sums could overflow", f,
+                        (long long)g->k, BNB_MAX_K8);
+    return BNB_OK;
+}
+
+bnb_status bnb_gemm8(const bnb_exec *ex, const bnb_gemm8_args *g)
+{
+    const char *f = "gemm8";
+    const struct bnb_device_ops *device = bnb_device_of(ex, f);
+    if (!device)
+        return bnb_last_status();
+    BNB_CHECK(check_gemm8(f, g));
+    if (g->outliers < 0 || g->outliers > g->k)
+        return bnb_fail(BNB_EINVAL, "%s: outliers is %lld, expected 0..k = %lld", f, (long long)g->outliers,
+                        (long long)g->k);
+    if (g->bias)
+        BNB_CHECK(bnb_core_check_float(f, g->bias_dtype));
+    if (g->m == 0 || g->n == 0)
+        return BNB_OK;
+    BNB_CHECK(bnb_core_check_ptr(f, "out", g->out));
+    BNB_CHECK(bnb_core_check_ptr(f, "row_stats", g->row_stats));
+    BNB_CHECK(bnb_core_check_ptr(f, "col_stats", g->col_stats));
+    if (g->k > 0 && !g->product) {
+        BNB_CHECK(bnb_core_check_ptr(f, "a", g->a));
+        BNB_CHECK(bnb_core_check_ptr(f, "b", g->b));
+    }
+    if (g->outliers > 0) {
+        BNB_CHECK(bnb_core_check_ptr(f, "x", g->x));
+        BNB_CHECK(bnb_core_check_ptr(f, "b", g->b));
+        BNB_CHECK(bnb_core_check_ptr(f, "columns", g->columns));
+    }
+    const struct bnb_gemm8_block b = {.a = g->a,
+                                      .b = g->b,
+                                      .product = g->product,
+                                      .row_stats = g->row_stats,
+                                      .col_stats = g->col_stats,
+                                      .bias = g->bias,
+                                      .bias_dtype = (int)g->bias_dtype,
+                                      .x = g->x,
+                                      .columns = g->columns,
+                                      .outliers = g->outliers,
+                                      .out = g->out,
+                                      .m = g->m,
+                                      .n = g->n,
+                                      .k = g->k};
+    return device->gemm8(ex, &b, g->dtype);
+}
+
+bnb_status bnb_gemm8_grad(const bnb_exec *ex, const bnb_gemm8_args *g)
+{
+    const char *f = "gemm8_grad";
+    const struct bnb_device_ops *device = bnb_device_of(ex, f);
+    if (!device)
+        return bnb_last_status();
+    BNB_CHECK(check_gemm8(f, g));
+    if (g->m == 0 || g->k == 0)
+        return BNB_OK;
+    BNB_CHECK(bnb_core_check_ptr(f, "out", g->out));
+    if (g->n > 0) {
+        BNB_CHECK(bnb_core_check_ptr(f, "x", g->x));
+        BNB_CHECK(bnb_core_check_ptr(f, "b", g->b));
+        BNB_CHECK(bnb_core_check_ptr(f, "col_stats", g->col_stats));
+    }
+    const struct bnb_gemm8_block b = {
+        .b = g->b, .col_stats = g->col_stats, .x = g->x, .out = g->out, .m = g->m, .n = g->n, .k = g->k, .grad = 1};
+    return device->gemm8(ex, &b, g->dtype);
+}
