@@ -9,8 +9,9 @@ Importing needs torch >= 2.10 (ImportError otherwise), but neither a GPU nor the
 the first call that needs it raises RuntimeError with the reason.
 """
 
-from . import cextension, _ops  # isort: skip  (checks torch, and defines the operators, before anything uses them)
+from . import cextension, _ops, _ops_gemm  # isort: skip  (checks torch, defines the operators before they are used)
 from . import functional, nn, optim, utils
+from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .nn import modules
 from .optim import adam
 

@@ -1,4 +1,4 @@
-"""The operators of torch.ops.bitsandbytes: schemas, fakes, and call().
+"""The operators of torch.ops.bitsandbytes: schemas, fakes, and call().  Those of the matrix products: _ops_gemm.py.
 
 The kernels are C functions that the native library registers for the CPU and for CUDA (src/torch).  The functions here
 are the fakes: they give shapes and dtypes to torch.compile, torch.export and meta tensors, and compute nothing.
@@ -280,6 +280,3 @@ def _(optimizer_name, g, p, state1, state2, *rest):
 def _(name, p, g, state1, state2, absmax1, absmax2, qmaps, step, *rest):
     for field, values in (("g", g), ("state1", state1), ("step", step)):
         _expect(len(values) == len(p), f"_optimizer_step: {field} has {len(values)} entries, expected {len(p)}")
-
-
-cextension.register_operators()

@@ -22,6 +22,13 @@ from .codebooks import (
     get_4bit_type,
     name2qmap,
 )
+from .int8 import (
+    int8_double_quant,
+    int8_linear_matmul,
+    int8_mm_dequant,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+)
 from .quant_state import QuantState
 
 __all__ = [
@@ -36,8 +43,14 @@ __all__ = [
     "dequantize_fp4",
     "dequantize_nf4",
     "estimate_quantiles",
+    "gemv_4bit",
     "get_4bit_type",
     "get_ptr",
+    "int8_double_quant",
+    "int8_linear_matmul",
+    "int8_mm_dequant",
+    "int8_vectorwise_dequant",
+    "int8_vectorwise_quant",
     "is_on_gpu",
     "name2qmap",
     "optimizer_update_8bit_blockwise",
@@ -228,6 +241,38 @@ def dequantize_fp4(A, quant_state=None, absmax=None, out=None, blocksize=None):
 def dequantize_nf4(A, quant_state=None, absmax=None, out=None, blocksize=None):
     """dequantize_4bit() with quant_type "nf4"."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+
+
+def weight_arguments(function, state):
+    """The state of a weight [n, k] as operators take it, read afresh on every call: states are edited by clients.
+
+    Returns (absmax, absmax_code, absmax2, offset, blocksize2, blocksize, quant_type, n, k).
+    ValueError, opened by the name `function`: the state is not that of a matrix.
+    """
+    shape = state.shape
+    if shape is None or len(shape) != 2:
+        found = None if shape is None else list(shape)
+        raise ValueError(f"{function}: the state has shape {found}, expected 2 dimensions")
+    tail = state.blocksize, state.quant_type, *shape
+    if not state.nested:
+        return state.absmax, None, None, None, 0, *tail
+    inner = state.state2
+    return state.absmax, inner.code, inner.absmax, state.offset, inner.blocksize, *tail
+
+
+def gemv_4bit(A, B, out=None, transposed_A=False, transposed_B=False, state=None):
+    """A W^T, where B holds the 4-bit weight W [n, k]; any number of rows.
+
+    A      [..., k], float32, float16 or bfloat16
+    B      packed codes, any storage dtype
+    out    filled and returned: [..., n], dtype of A
+    state  QuantState of W, plain or nested;  transposed_A, transposed_B  ignored
+    ValueError: state is missing, shapes, dtypes or statistics do not fit.
+    """
+    if state is None:
+        raise ValueError("gemv_4bit: state is None, expected the QuantState of B")
+    result = _ops.call(_bnb._linear_4bit.default, A, B, *weight_arguments("gemv_4bit", state), None, False)
+    return result if out is None else fill("out", out, result)
 
 
 def optimizer_update_32bit(

@@ -1,4 +1,4 @@
-"""Small helpers: dictionaries packed into tensors, device synchronisation, running a command.
+"""Small helpers: replaced layers, dictionaries packed into tensors, device synchronisation, running a command.
 
 A checkpoint can hold tensors only, so the part of a quantisation state that is not a tensor travels as JSON, one byte
 per element of a uint8 tensor.  Layout: docs/FORMAT.md, section 6.
@@ -9,6 +9,34 @@ import shlex
 import subprocess
 
 import torch
+
+# How checkpoints number the layouts of an int8 weight; all but the first are of old releases.
+LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {"row": 0, "col32": 1, "col_turing": 2, "col_ampere": 3}
+INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = dict(enumerate(LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING))
+
+
+def replace_linear(
+    model, linear_replacement, skip_modules=("lm_head",), copy_weights=False, post_processing_function=None
+):
+    """Replace the nn.Linear modules below `model`, in place. Returns model.
+
+    linear_replacement        called as linear_replacement(in_features, out_features, has_bias)
+    skip_modules              names of children that stay, at any depth; what is below them is replaced
+    copy_weights              the new layers take over the parameters, the same objects
+    post_processing_function  name of a method of the new layers, called as method(replaced layer) where there is one
+    """
+    for name, child in model.named_children():
+        replace_linear(child, linear_replacement, skip_modules, copy_weights, post_processing_function)
+        if not isinstance(child, torch.nn.Linear) or name in skip_modules:
+            continue
+        new = linear_replacement(child.in_features, child.out_features, child.bias is not None)
+        if copy_weights:
+            new.weight, new.bias = child.weight, child.bias
+        setattr(model, name, new)
+        finish = getattr(new, post_processing_function, None) if post_processing_function else None
+        if finish is not None:
+            finish(child)
+    return model
 
 
 def pack_dict_to_tensor(source_dict):

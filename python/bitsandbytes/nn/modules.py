@@ -1,5 +1,20 @@
 """All modules of this package under one name, where clients look for them."""
 
 from .embedding import Embedding, StableEmbedding
+from .int8params import Int8Params
+from .linear4bit import Linear4bit, LinearFP4, LinearNF4, fix_4bit_weight_quant_state_from_module
+from .linear8bit import Linear8bitLt, maybe_rearrange_weight
+from .params4bit import Params4bit
 
-__all__ = ["Embedding", "StableEmbedding"]
+__all__ = [
+    "Embedding",
+    "Int8Params",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LinearFP4",
+    "LinearNF4",
+    "Params4bit",
+    "StableEmbedding",
+    "fix_4bit_weight_quant_state_from_module",
+    "maybe_rearrange_weight",
+]
