@@ -1,9 +1,10 @@
 """The text: the sources of the Python standard library, read as bytes, so that the vocabulary is 256.
 
 Every machine that runs the demo has them. Every tenth file is held out. Batches are random windows; two runs that
-start from the same seed see the same batches.
+start from the same seed see the same batches. Their docstrings are the sentences that the encoder reads.
 """
 
+import ast
 import sysconfig
 from pathlib import Path
 
@@ -18,7 +19,7 @@ SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-package
 def load(root=None):
     """(training text, held-out text): uint8 tensors. root: a folder of .py files, else the standard library."""
     root = Path(root or sysconfig.get_path("stdlib"))
-    paths = [path for path in sorted(root.rglob("*.py")) if not SKIPPED.intersection(path.relative_to(root).parts)]
+    paths = _sources(root)
     train, held_out, total = [], [], 0
     for i, path in enumerate(paths):
         data = path.read_bytes()
@@ -29,6 +30,24 @@ def load(root=None):
     if len(held_out) == 0 or total < 1_000_000:
         raise SystemExit(f"{root}: {total} bytes of Python sources in {len(paths)} files, expected a megabyte or more")
     return _tensor(train), _tensor(held_out)
+
+
+def _sources(root):
+    return [path for path in sorted(root.rglob("*.py")) if not SKIPPED.intersection(path.relative_to(root).parts)]
+
+
+def sentences(count, root=None):
+    """The first lines of `count` docstrings of modules, 30 to 200 characters each, no two equal; fewer if there are not
+    as many."""
+    found = {}
+    for path in _sources(Path(root or sysconfig.get_path("stdlib"))):
+        first = (ast.get_docstring(ast.parse(path.read_bytes())) or "").split("\n\n")[0]
+        line = " ".join(first.split())
+        if 30 <= len(line) <= 200:
+            found[line] = None
+        if len(found) == count:
+            break
+    return list(found)
 
 
 def _tensor(parts):
