@@ -1,8 +1,9 @@
 /*
  * bench.c - how fast every operation of every instruction set is, as a share of what the machine's memory can do
  *
- * Usage: bnb_bench [--json FILE] [--isa NAME] [--quick].  For each operation: ns per element, GB/s and the share of
- * memcpy's rate from the same run, on one thread and two, with data in the cache and from memory.
+ * Usage: bnb_bench [--json FILE] [--isa NAME] [--products] [--quick].  For each operation: ns per element, GB/s and the share of
+ * memcpy's rate from the same run, on one thread and two, with data in the cache and from memory.  Then the matrix products
+ * of the instruction set in use, which BNB_CPU_ISA chooses; --products measures nothing else.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -15,6 +16,7 @@ enum { CACHED_N = 131072 }; /* 640 KiB for the 8-bit encoder of f32 */
 
 struct options {
     const char *json, *isa;
+    bool products;
     int samples;
 };
 
@@ -121,17 +123,19 @@ static size_t last_cache(void)
 
 static int usage(const char *program)
 {
-    fprintf(stderr, "usage: %s [--json FILE] [--isa NAME] [--quick]\n", program);
+    fprintf(stderr, "usage: %s [--json FILE] [--isa NAME] [--products] [--quick]\n", program);
     return EXIT_FAILURE;
 }
 
 int main(int argc, char **argv)
 {
     static struct report r;
-    struct options o = {NULL, NULL, 15};
+    struct options o = {NULL, NULL, false, 15};
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--quick"))
             o.samples = 3;
+        else if (!strcmp(argv[i], "--products"))
+            o.products = true;
         else if (!strcmp(argv[i], "--json") && i + 1 < argc)
             o.json = argv[++i];
         else if (!strcmp(argv[i], "--isa") && i + 1 < argc)
@@ -150,12 +154,17 @@ int main(int argc, char **argv)
     }
     memset(a.base, 1, a.size / 4096 * 4096);
     r.free_cores = free_cores();
-    measure_copy(&r, &a);
-    print_header(&r);
-    measure_all(&r, &a, o.isa);
+    if (!o.products) {
+        measure_copy(&r, &a);
+        print_header(&r);
+        measure_all(&r, &a, o.isa);
+    }
+    measure_products(&r, &a);
     const double after = free_cores();
     r.free_cores = after < r.free_cores ? after : r.free_cores;
-    print_musts(&r);
+    if (!o.products)
+        print_musts(&r);
+    print_product_musts(&r);
     free(a.base);
     if (o.json && write_json(&r, o.json)) {
         fprintf(stderr, "%s: cannot write %s: %s\n", argv[0], o.json, strerror(errno));

@@ -61,6 +61,11 @@ struct op {
 extern const struct op ops[];
 extern const int op_count;
 
+/* ---- products.c */
+
+struct report;
+void measure_products(struct report *r, struct arena *a); /* prints them too */
+
 /* ---- report.c: what came out */
 
 enum { IN_CACHE, FROM_MEMORY, PLACES };
@@ -71,9 +76,18 @@ struct result {
     int place;
     double seconds[3]; /* per element, by number of threads */
 };
+struct product { /* of [m, k] activations and an [n, k] weight of so many bits; bf16 or f32 in and out */
+    int bits;
+    bnb_dtype dtype;
+    int64_t m, n, k;
+    double seconds[3]; /* per call, by number of threads */
+};
 struct report {
     struct result result[256];
     int count;
+    struct product product[32];
+    int product_count;
+    double read[3]; /* bytes per second of a pass over more memory than the caches hold, by number of threads */
     double copy[PLACES][3]; /* bytes per second, read and written, by number of threads */
     int64_t cached_n;
     double memory_bytes;
@@ -83,6 +97,9 @@ struct report {
 void print_header(const struct report *r);
 void print_result(const struct report *r, const struct result *one);
 void print_musts(const struct report *r);
+void print_products_header(const struct report *r);
+void print_product(const struct report *r, const struct product *p);
+void print_product_musts(const struct report *r);
 int write_json(const struct report *r, const char *path); /* 0, or -1 with errno set */
 
 #endif

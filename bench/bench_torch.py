@@ -1,7 +1,8 @@
 """Our operations beside torch's, where torch has the operation: same run, same threads, same data.
 
-Prints one table: AdamW8bit and 32-bit AdamW against torch's fused AdamW (f32, bf16), and quantiles against torch.sort.
-Usage: python bench/bench_torch.py [--json FILE] [--elements N]
+Prints AdamW8bit and 32-bit AdamW against torch's fused AdamW (f32, bf16), quantiles against torch.sort, and linear
+layers with NF4 and int8 weights against torch's (bench_linear.py).
+Usage: python bench/bench_torch.py [--json FILE] [--elements N] [--linear]
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 import statistics
 import time
 
+import bench_linear
 import torch
 
 import bitsandbytes as bnb
@@ -63,12 +65,8 @@ def quantile_rows(elements):
     return rows
 
 
-def main():
-    """Print the table; with --json also write it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="write the rows to this file too")
-    parser.add_argument("--elements", type=int, default=1 << 24, help="values per tensor (default: 16 Mi)")
-    args = parser.parse_args()
+def compare_elementwise(args):
+    """Print the table of operations over many elements; its rows as dictionaries."""
     print(f"torch {torch.__version__}, bitsandbytes {bnb.__version__}, {args.elements} elements, medians of {SAMPLES}")
     print(f"{'ours':20} {'torch':18} {'dtype':6} {'threads':>7} {'ns/elem':>8} {'torch':>8} {'torch / ours':>12}")
     results = []
@@ -83,9 +81,22 @@ def main():
             results.append(
                 {"ours": ours, "torch": theirs, "dtype": short, "threads": threads, "ns": ns, "torch_ns": torch_ns}
             )
+    return results
+
+
+def main():
+    """Print the table; with --json also write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="write the rows to this file too")
+    parser.add_argument("--elements", type=int, default=1 << 24, help="values per tensor (default: 16 Mi)")
+    parser.add_argument("--linear", action="store_true", help="linear layers only")
+    args = parser.parse_args()
+    results = [] if args.linear else compare_elementwise(args)
+    linear = bench_linear.compare()
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"torch": torch.__version__, "elements": args.elements, "rows": results}, file, indent=1)
+            found = {"torch": torch.__version__, "elements": args.elements, "rows": results, "linear": linear}
+            json.dump(found, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,66 @@ void print_musts(const struct report *r)
         printf("not measured: this run has no AVX2\n");
 }
 
+/* ---- products */
+
+static double packed_bytes(const struct product *p) { return (double)p->n * (double)p->k * p->bits / 8.0; }
+
+static const char *kind(const struct product *p) { return p->bits == 4 ? "NF4" : "int8"; }
+
+void print_products_header(const struct report *r)
+{
+    printf("\nmatrix products, %s; memory read by 1 thread %.1f GB/s, by 2 %.1f GB/s\n", bnb_cpu_isa(),
+           r->read[1] * 1e-9, r->read[2] * 1e-9);
+    printf("%-5s %-5s %4s %14s | %10s %8s %7s %8s | %10s %8s %7s %8s\n", "", "", "M", "weight", "1: ms", "Gop/s",
+           "GB/s", "% read", "2: ms", "Gop/s", "GB/s", "% read");
+}
+
+void print_product(const struct report *r, const struct product *p)
+{
+    char size[32];
+    snprintf(size, sizeof size, "%lldx%lld", (long long)p->n, (long long)p->k);
+    printf("%-5s %-5s %4lld %14s", kind(p), dtype_name[p->dtype], (long long)p->m, size);
+    for (int threads = 1; threads <= 2; threads++) {
+        const double seconds = p->seconds[threads], rate_read = packed_bytes(p) / seconds;
+        const double operations = 2.0 * (double)p->m * (double)p->n * (double)p->k;
+        printf(" | %10.3f %8.1f %7.1f %7.0f%%", seconds * 1e3, operations / seconds * 1e-9, rate_read * 1e-9,
+               100.0 * rate_read / r->read[threads]);
+    }
+    printf("\n");
+    fflush(stdout);
+}
+
+/* NF4 and one row of a 16-bit dtype: what generating text waits for. */
+void print_product_musts(const struct report *r)
+{
+    printf("\nWhat a 4-bit linear of one bf16 row must reach (%s)\n", bnb_cpu_isa());
+    for (int i = 0; i < r->product_count; i++) {
+        const struct product *p = &r->product[i];
+        if (p->bits != 4 || p->m != 1 || p->dtype != BNB_BF16)
+            continue;
+        const double one = packed_bytes(p) / p->seconds[1], share = packed_bytes(p) / p->seconds[2] / r->read[2];
+        printf("NF4 %lldx%lld  1 thread %.1f GB/s (must >= 8): %-6s", (long long)p->n, (long long)p->k, one * 1e-9,
+               verdict(one >= 8e9));
+        if (disturbed(r))
+            printf("   2 threads: not measured\n");
+        else
+            printf("   2 threads %.0f%% of the read rate (must >= 70): %s\n", 100.0 * share, verdict(share >= 0.7));
+    }
+}
+
+static void write_products(FILE *f, const struct report *r)
+{
+    fprintf(f, ",\n \"read\": {\"1\": %.4g, \"2\": %.4g}, \"products_isa\": \"%s\", \"products\": [", r->read[1],
+            r->read[2], bnb_cpu_isa());
+    for (int i = 0; i < r->product_count; i++) {
+        const struct product *p = &r->product[i];
+        fprintf(f, "%s\n  {\"weight\": \"%s\", \"dtype\": \"%s\", \"m\": %lld, \"n\": %lld, \"k\": %lld, ",
+                i ? "," : "", kind(p), dtype_name[p->dtype], (long long)p->m, (long long)p->n, (long long)p->k);
+        fprintf(f, "\"seconds\": {\"1\": %.5g, \"2\": %.5g}}", p->seconds[1], p->seconds[2]);
+    }
+    fprintf(f, "\n ]");
+}
+
 int write_json(const struct report *r, const char *path)
 {
     FILE *f = fopen(path, "w");
@@ -101,6 +161,8 @@ int write_json(const struct report *r, const char *path)
         fprintf(f, "\"ns\": {\"1\": %.5g, \"2\": %.5g}, \"must_ns\": %.3g}", one->seconds[1] * 1e9,
                 one->seconds[2] * 1e9, one->op->limit);
     }
-    fprintf(f, "\n ]}\n");
+    fprintf(f, "\n ]");
+    write_products(f, r);
+    fprintf(f, "}\n");
     return fclose(f);
 }

@@ -239,7 +239,8 @@ typedef struct bnb_gemm4_args {
     bnb_type4 type;  /* BNB_NF4 or BNB_FP4                                                      */
     bnb_dtype dtype; /* of x, bias and out                                                      */
     bool exact;      /* multiply in f32 throughout.  Else few rows of a 16-bit dtype may be multiplied as 16-bit
-                        integers, relative error below 1e-4: a twentieth of bf16's own rounding          */
+                        integers, relative error below 1e-4: a twentieth of bf16's own rounding; runs of 64
+                        activations all below 2^-96 then count as zero                                   */
 } bnb_gemm4_args;
 
 /*

@@ -85,6 +85,9 @@ static bnb_status check_matrix(const char *f, bnb_dtype dtype, int64_t rows, int
     if (rows < 0 || cols < 0)
         return bnb_fail(BNB_EINVAL, "%s: %s is %lld, expected 0 or more", f, rows < 0 ? "rows" : "cols",
                         (long long)(rows < 0 ? rows : cols));
+    if (rows > 0 && cols > INT64_MAX / 8 / rows)
+        return bnb_fail(BNB_EINVAL, "%s: rows, cols are %lld, %lld, expected a product that fits into memory", f,
+                        (long long)rows, (long long)cols);
     if (!(threshold >= 0.0))
         return bnb_fail(BNB_EINVAL, "%s: threshold is %g, expected 0 or more", f, threshold);
     return BNB_OK;
@@ -198,8 +201,8 @@ bnb_status bnb_gemm8(const bnb_exec *ex, const bnb_gemm8_args *g)
     if (g->outliers < 0 || g->outliers > g->k)
         return bnb_fail(BNB_EINVAL, "%s: outliers is %lld, expected 0..k = %lld", f, (long long)g->outliers,
                         (long long)g->k);
-    if (g->bias)
-        BNB_CHECK(bnb_core_check_float(f, g->bias_dtype));
+    if (g->bias && g->bias_dtype != BNB_F32 && g->bias_dtype != BNB_F16 && g->bias_dtype != BNB_BF16)
+        return bnb_fail(BNB_EDTYPE, "%s: bias_dtype is %d, expected f32, f16 or bf16", f, (int)g->bias_dtype);
     if (g->m == 0 || g->n == 0)
         return BNB_OK;
     BNB_CHECK(bnb_core_check_ptr(f, "out", g->out));

@@ -48,7 +48,8 @@ static void run_quant_columns(void *arg, int64_t begin, int64_t end)
                     const bool inside = fabsf(value[j]) < limit;
                     const float r = 127.0f / stat[j];
                     if (pass == 0)
-                        stat[j] = inside ? fmaxf(stat[j], fabsf(value[j])) : stat[j];
+                        stat[j] =
+                            (inside || a->threshold <= 0.0f) && fabsf(value[j]) > stat[j] ? fabsf(value[j]) : stat[j];
                     else
                         a->codes[i * a->cols + low + j] =
                             inside && r <= FLT_MAX ? (int8_t)rintf(value[j] * r) : (int8_t)0;

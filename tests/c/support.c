@@ -131,7 +131,51 @@ void guarded_free(struct guarded *g)
     *g = (struct guarded){NULL, 0, 0, NULL};
 }
 
+/* ---- workspace */
+
+void *workspace_alloc(void *context, size_t bytes)
+{
+    struct workspace *w = context;
+    if (++w->calls == w->refuse)
+        return NULL;
+    uint8_t *p = aligned_alloc(64, (bytes + GUARD + 63) / 64 * 64);
+    if (!p)
+        abort();
+    memset(p, 0xff, bytes); /* NaN, where something is read before it is written */
+    memset(p + bytes, GUARD_BYTE, GUARD);
+    w->taken += (int64_t)bytes;
+    return p;
+}
+
+void workspace_free(void *context, void *ptr, size_t bytes)
+{
+    struct workspace *w = context;
+    if (!all_guard((const uint8_t *)ptr + bytes, GUARD))
+        abort();
+    w->taken -= (int64_t)bytes;
+    free(ptr);
+}
+
+/* ---- results */
+
+double half_spacing(bnb_dtype dtype, double value)
+{
+    const int bits = dtype == BNB_F16 ? 11 : 8, least = dtype == BNB_F16 ? -14 : -126;
+    if (dtype == BNB_F32)
+        return 0.0;
+    const int exponent = fabs(value) > 0.0 ? ilogb(value) : least;
+    return ldexp(0.5, (exponent > least ? exponent : least) + 1 - bits);
+}
+
 /* ---- tables and loops */
+
+int skip_foreign_isa(void)
+{
+    const char *wanted = getenv("BNB_CPU_ISA");
+    if (!wanted || !strcmp(wanted, bnb_cpu_isa()))
+        return 0;
+    return TEST_SKIPPED;
+}
 
 const struct bnb_cpu_ops *table_at(int i)
 {

@@ -51,6 +51,21 @@ bool guarded_intact(const struct guarded *g);    /* the guards have */
 void guarded_reset(const struct guarded *g);
 void guarded_free(struct guarded *g);
 
+/* ---- workspace callbacks of a bnb_exec: counted, with guard bytes behind each buffer; aborts where they were written */
+
+struct workspace {
+    int calls;     /* allocations asked for                             */
+    int refuse;    /* the number of the one that fails, from 1; 0: none */
+    int64_t taken; /* bytes not returned yet                            */
+};
+void *workspace_alloc(void *context, size_t bytes);
+void workspace_free(void *context, void *ptr, size_t bytes);
+
+/* ---- results of a product in f32 or 16 bits */
+
+/* Half the distance of neighbouring values of the dtype around `value`: what one rounding may add; 0 for f32. */
+double half_spacing(bnb_dtype dtype, double value);
+
 /* ---- definitions */
 
 /* The largest |x[i]|, NaN left out. */
@@ -82,5 +97,9 @@ const struct bnb_cpu_ops *table_at(int i);
 /* parallel_for callbacks: backwards in odd pieces; and with real threads. */
 void loop_backwards(void *context, int64_t n, int64_t grain, bnb_range_fn body, void *arg);
 void loop_threads(void *context, int64_t n, int64_t grain, bnb_range_fn body, void *arg);
+
+/* Status for ctest where the table that BNB_CPU_ISA names cannot run here or is unknown; 0 where the test may go on. */
+enum { TEST_SKIPPED = 77 };
+int skip_foreign_isa(void);
 
 #endif

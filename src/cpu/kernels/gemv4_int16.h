@@ -15,6 +15,9 @@ enum { RUN = 64, STEP = 2 * VB_BYTES, RUNS = STEP / RUN };
 #define X_UNIT 32766.0f
 #define W_UNIT 32767.0f
 
+/* A run whose largest magnitude is below this counts as zero: its scale would be no normal f32. */
+#define SMALLEST 0x1p-96f
+
 /* Activations in the order in which the look-ups give the weights: in each 16 bytes of codes, 8 elements of even index,
  * the next 8 of even index, then those of odd index. */
 static void pack16(const float *x, int64_t k, int16_t *out, float *scale)
@@ -23,15 +26,19 @@ static void pack16(const float *x, int64_t k, int16_t *out, float *scale)
     for (int64_t i = 0; i < k; i += STEP) {
         for (int r = 0; r < RUNS; r++) {
             float m = 0.0f;
-            for (int j = 0; j < RUN; j++)
-                m = fmaxf(m, fabsf(x[i + r * RUN + j]));
-            inverse[r] = m > 0.0f ? X_UNIT / m : 0.0f;
-            scale[i / RUN + r] = m / X_UNIT / W_UNIT;
+            for (int j = 0; j < RUN; j++) {
+                const float a = fabsf(x[i + r * RUN + j]);
+                m = a > m || a != a ? a : m; /* NaN stays */
+            }
+            const bool usable = m >= SMALLEST && m <= FLT_MAX;
+            inverse[r] = usable ? X_UNIT / m : 0.0f;
+            scale[i / RUN + r] = usable ? m / X_UNIT / W_UNIT : m < SMALLEST ? 0.0f : NAN;
         }
         for (int v = 0; v < 4; v++)
             for (int j = 0; j < VB_BYTES / 2; j++) {
                 const int element = 32 * (j / 8) + 16 * (v % 2) + 2 * (j % 8) + v / 2;
-                out[i + VB_BYTES / 2 * v + j] = (int16_t)rintf(x[i + element] * inverse[element / RUN]);
+                const float r = inverse[element / RUN];
+                out[i + VB_BYTES / 2 * v + j] = r > 0.0f ? (int16_t)rintf(x[i + element] * r) : (int16_t)0;
             }
     }
 }

@@ -83,7 +83,7 @@ static void NAME(quant_rows)(const struct bnb_rows_args *a, int64_t first, int64
     const float limit = a->threshold > 0.0f ? a->threshold : INFINITY;
     for (int64_t i = first; i < end; i++) {
         const T *x = (const T *)a->x + i * a->cols;
-        a->stats[i] = NAME(row_stat)(x, a->cols, limit, a->outlier);
+        a->stats[i] = NAME(row_stat)(x, a->cols, a->threshold > 0.0f ? limit : NAN, a->outlier); /* NaN: none above */
         NAME(row_codes)(x, a->cols, a->stats[i], limit, a->codes + i * a->cols);
     }
 }
