@@ -261,7 +261,7 @@ BNB_API bnb_status bnb_gemm4_grad(const bnb_exec *ex, const bnb_gemm4_args *args
  *   threshold  0: none.  Above 0: elements with |x| >= threshold are outliers.  They do not count for stats, their codes
  *              are 0, and with more than one row so are all codes of their columns
  *   codes      [rows, cols]  out: x 127 / stats, rounded to nearest even (NUMERICS rule 33)
- *   stats      [rows]        out: largest |x| of the row; 0 makes all its codes 0
+ *   stats      [rows]        out: largest |x| of the row, NaN if it holds one; 0, infinity and NaN make all its codes 0
  *   outlier    [cols]        out: 1 for a column that holds an outlier, else 0; NULL if threshold is 0
  */
 BNB_API bnb_status bnb_quantize_rows(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t rows, int64_t cols,

@@ -45,11 +45,12 @@ static void run_quant_columns(void *arg, int64_t begin, int64_t end)
             for (int64_t i = 0; i < a->rows; i++) {
                 t->ops->widen[t->dtype]((const char *)a->x + (size_t)(i * a->cols + low) * size, n, value);
                 for (int64_t j = 0; j < n; j++) {
-                    const bool inside = fabsf(value[j]) < limit;
-                    const float r = 127.0f / stat[j];
-                    if (pass == 0)
-                        stat[j] =
-                            (inside || a->threshold <= 0.0f) && fabsf(value[j]) > stat[j] ? fabsf(value[j]) : stat[j];
+                    const float magnitude = fabsf(value[j]), r = 127.0f / stat[j];
+                    const bool inside = magnitude < limit;
+                    if (pass == 0 && magnitude != magnitude)
+                        stat[j] = NAN; /* and so it stays */
+                    else if (pass == 0)
+                        stat[j] = (inside || a->threshold <= 0.0f) && magnitude > stat[j] ? magnitude : stat[j];
                     else
                         a->codes[i * a->cols + low + j] =
                             inside && r <= FLT_MAX ? (int8_t)rintf(value[j] * r) : (int8_t)0;

@@ -1,8 +1,8 @@
 /*
  * test_rows.c - LLM.int8()'s quantisers, by rows and by columns, against their definition, bit for bit
  *
- * r = 127 / stat and u = x r, each rounded to f32; the code is u rounded to nearest even.  An r that is not finite, a NaN
- * and an outlier give code 0.  The definition below is written from the header and shares nothing with the kernels.
+ * r = 127 / stat and u = x r, each rounded to f32; the code is u rounded to nearest even.  An r that is not finite and an
+ * outlier give code 0; a NaN makes the stat of its row NaN.  The definition below is written from the header and shares nothing with the kernels.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -51,7 +51,9 @@ static void define_rows(const struct shape *s, const void *x, int8_t *codes, flo
         float *stat = &stats[s->by_column ? i % s->cols : i / s->cols];
         if (is_outlier(s, value))
             outlier[i % s->cols] = 1;
-        else if (fabsf(value) > *stat) /* false for NaN */
+        else if (isnan(value))
+            *stat = NAN;
+        else if (fabsf(value) > *stat) /* false once it is NaN */
             *stat = fabsf(value);
     }
     for (int64_t i = 0; i < s->rows * s->cols; i++) {
@@ -178,9 +180,9 @@ static void by_hand(void)
         {{{6.0f, 1.0f, 2.0f}, {5.0f, 1.0f, 2.5f}}, 6.0, {{0, 64, 127}, {0, 25, 64}}, {2.0f, 5.0f}, {1, 0, 0}},
         {{{6.0f, -7.0f, 8.0f}, {1.0f, 1.0f, 1.0f}}, 6.0, {{0, 0, 0}, {0, 0, 0}}, {0.0f, 1.0f}, {1, 1, 1}},
         {{{5.99f, 1.0f, 2.0f}, {-INFINITY, 1.0f, 2.0f}}, 6.0, {{0, 21, 42}, {0, 64, 127}}, {5.99f, 2.0f}, {1, 0, 0}},
-        /* NaN counts for nothing and is no outlier */
-        {{{NAN, 1.0f, 2.0f}, {2.0f, NAN, NAN}}, 6.0, {{0, 64, 127}, {127, 0, 0}}, {2.0f, 2.0f}, {0, 0, 0}},
-        {{{NAN, NAN, NAN}, {1.0f, 1.0f, -1.0f}}, 0.0, {{0, 0, 0}, {127, 127, -127}}, {0.0f, 1.0f}, {0, 0, 0}},
+        /* NaN is no outlier, and nothing of its row is left */
+        {{{NAN, 1.0f, 2.0f}, {2.0f, 7.0f, NAN}}, 6.0, {{0, 0, 0}, {0, 0, 0}}, {NAN, NAN}, {0, 1, 0}},
+        {{{NAN, NAN, NAN}, {1.0f, 1.0f, -1.0f}}, 0.0, {{0, 0, 0}, {127, 127, -127}}, {NAN, 1.0f}, {0, 0, 0}},
         /* an infinite element is the largest of its row: nothing of the row is left, and its results are not finite */
         {{{INFINITY, 1.0f, 2.0f}, {1.0f, 1.0f, 1.0f}}, 0.0, {{0, 0, 0}, {127, 127, 127}}, {INFINITY, 1.0f}, {0, 0, 0}},
         /* 127 / 2^-126 is no f32 number */

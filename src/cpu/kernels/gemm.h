@@ -171,22 +171,26 @@ static void panel_axpy(const float *x, int64_t stride, int64_t rows, const float
         tile_axpy(1, x + i * stride, stride, w, k, sums + i * AXPY_N);
 }
 
-/* out[row + i][first + j] = sums[i][j] + bias[first + j], rounded once; the rows of sums are `stride` apart. */
-static void store_tile(void *out, int dtype, int64_t columns, int64_t row, int64_t rows, int64_t first, int64_t count,
-                       const float *sums, int64_t stride, const float *bias)
+/* Part of the result: `rows` from `row` on, `columns` from `column` on. */
+struct tile { int64_t row, rows, column, columns; };
+
+/* out[row + i][column + j] = sums[i][j] + bias[column + j], rounded once.  Rows of out are `width` apart, of sums
+ * `stride`. */
+static void store_tile(void *out, int dtype, int64_t width, const struct tile *t, const float *sums, int64_t stride,
+                       const float *bias)
 {
-    for (int64_t i = 0; i < rows; i++) {
-        const float *sum = sums + i * stride;
-        const int64_t at = (row + i) * columns + first;
+    for (int64_t i = 0; i < t->rows; i++) {
+        const float *sum = sums + i * stride, *add = bias ? bias + t->column : NULL;
+        const int64_t at = (t->row + i) * width + t->column;
         if (dtype == TYPE_F32)
-            for (int64_t j = 0; j < count; j++)
-                ((float *)out)[at + j] = sum[j] + (bias ? bias[first + j] : 0.0f);
+            for (int64_t j = 0; j < t->columns; j++)
+                ((float *)out)[at + j] = sum[j] + (add ? add[j] : 0.0f);
         else if (dtype == TYPE_F16)
-            for (int64_t j = 0; j < count; j++)
-                ((bnb_f16 *)out)[at + j] = bnb_to_f16(sum[j] + (bias ? bias[first + j] : 0.0f));
+            for (int64_t j = 0; j < t->columns; j++)
+                ((bnb_f16 *)out)[at + j] = bnb_to_f16(sum[j] + (add ? add[j] : 0.0f));
         else
-            for (int64_t j = 0; j < count; j++)
-                ((bnb_bf16 *)out)[at + j] = bnb_to_bf16(sum[j] + (bias ? bias[first + j] : 0.0f));
+            for (int64_t j = 0; j < t->columns; j++)
+                ((bnb_bf16 *)out)[at + j] = bnb_to_bf16(sum[j] + (add ? add[j] : 0.0f));
     }
 }
 

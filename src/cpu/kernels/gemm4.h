@@ -74,7 +74,8 @@ static void gemm4_dot(const struct bnb_gemm4_block *g, const struct bnb_dense_ar
                 }
                 panel_dot(d->x + row * d->stride + l, d->stride, rows, w, whole, sums);
             }
-            store_tile(g->out, d->dtype, g->n, row, rows, column, columns, &sums[0][0], TILE_N, d->bias);
+            store_tile(g->out, d->dtype, g->n, &(struct tile){row, rows, column, columns}, &sums[0][0], TILE_N,
+                       d->bias);
         }
     }
 }
@@ -97,7 +98,7 @@ static void gemm4_axpy(const struct bnb_gemm4_block *g, const struct bnb_dense_a
                     decode4_range(g, (l + i) * g->k + column, columns, w + i * AXPY_N);
                 panel_axpy(d->x + row * d->stride + l, d->stride, rows, w, k, sums);
             }
-            store_tile(g->out, d->dtype, g->k, row, rows, column, columns, sums, AXPY_N, NULL);
+            store_tile(g->out, d->dtype, g->k, &(struct tile){row, rows, column, columns}, sums, AXPY_N, NULL);
         }
     }
 }
@@ -158,7 +159,7 @@ static ALWAYS_INLINE void gemv4_tiles(const struct bnb_gemm4_block *g, const str
         float sums[GEMV_ROWS][TILE_N];
         for (int64_t j = 0; j < columns; j++)
             gemv4_row(g, d, rows, column + j, value, sums);
-        store_tile(g->out, d->dtype, g->n, 0, rows, column, columns, &sums[0][0], TILE_N, d->bias);
+        store_tile(g->out, d->dtype, g->n, &(struct tile){0, rows, column, columns}, &sums[0][0], TILE_N, d->bias);
     }
 }
 

@@ -93,7 +93,7 @@ static void finish8(const struct bnb_gemm8_block *g, const struct bnb_dense_args
             values[i][j] = (float)sums[i][j] * (g->row_stats[row + i] * scale[j]);
     if (g->outliers > 0)
         add_outliers(g, d, row, rows, column, columns, values);
-    store_tile(g->out, d->dtype, g->n, row, rows, column, columns, &values[0][0], TILE_N, d->bias);
+    store_tile(g->out, d->dtype, g->n, &(struct tile){row, rows, column, columns}, &values[0][0], TILE_N, d->bias);
 }
 
 /* One tile of columns of the forward product; `packed` is a, or unused where the product is given. */
@@ -141,7 +141,7 @@ static void gemm8_axpy(const struct bnb_gemm8_block *g, const struct bnb_dense_a
                 }
                 panel_axpy(d->x + row * d->stride + l, d->stride, rows, w, k, sums);
             }
-            store_tile(g->out, d->dtype, g->k, row, rows, column, columns, sums, AXPY_N, NULL);
+            store_tile(g->out, d->dtype, g->k, &(struct tile){row, rows, column, columns}, sums, AXPY_N, NULL);
         }
     }
 }

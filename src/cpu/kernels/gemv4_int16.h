@@ -107,7 +107,7 @@ static ALWAYS_INLINE void int16_tiles(const struct bnb_gemm4_block *g, const str
         float sums[GEMV_ROWS][TILE_N];
         for (int64_t j = 0; j < columns; j++)
             int16_row(g, x, scale, rows, column + j, planes, sums);
-        store_tile(g->out, d->dtype, g->n, 0, rows, column, columns, &sums[0][0], TILE_N, d->bias);
+        store_tile(g->out, d->dtype, g->n, &(struct tile){0, rows, column, columns}, &sums[0][0], TILE_N, d->bias);
     }
 }
 

@@ -20,10 +20,12 @@ static void NAME(widen)(const void *x, int64_t n, float *out)
     }
 }
 
-/* The largest magnitude below `limit` of a row; marks the columns that hold one at or above it. */
-static float NAME(row_stat)(const T *x, int64_t n, float limit, uint8_t *outlier)
+/* The largest magnitude below `limit` of a row, NaN if it holds one; marks the columns that hold one at or above it. */
+static float NAME(row_stat)(const struct bnb_rows_args *a, const T *x, float limit)
 {
+    const int64_t n = a->cols;
     vf m = vf_set(0.0f);
+    bool poisoned = false;
     const vf bound = vf_set(limit);
     for (int64_t i = 0; i < n; i += VF_LANES) {
         T rest[VF_LANES] = {0};
@@ -32,18 +34,19 @@ static float NAME(row_stat)(const T *x, int64_t n, float limit, uint8_t *outlier
             memcpy(rest, p, (size_t)(n - i) * sizeof(T));
             p = rest;
         }
-        const vf a = vf_abs(LOAD(p));
-        const vm above = vf_le(bound, a);
-        m = vf_max(vf_select(above, vf_set(0.0f), a), m);
-        if (outlier && vm_any(above)) {
+        const vf size = vf_abs(LOAD(p));
+        const vm above = vf_le(bound, size);
+        poisoned = poisoned || vm_any(vf_is_nan(size));
+        m = vf_max(vf_select(above, vf_set(0.0f), size), m);
+        if (a->outlier && vm_any(above)) {
             float value[VF_LANES];
-            vf_store_f32(value, a);
+            vf_store_f32(value, size);
             for (int64_t j = 0; j < VF_LANES && i + j < n; j++)
                 if (value[j] >= limit)
-                    __atomic_store_n(outlier + i + j, 1, __ATOMIC_RELAXED); /* other rows may mark it too */
+                    __atomic_store_n(a->outlier + i + j, 1, __ATOMIC_RELAXED); /* other rows may mark it too */
         }
     }
-    return vf_hmax(m);
+    return poisoned ? NAN : vf_hmax(m);
 }
 
 static ALWAYS_INLINE void NAME(row_group)(const T *x, vf r, vf bound, int8_t *codes)
@@ -83,7 +86,7 @@ static void NAME(quant_rows)(const struct bnb_rows_args *a, int64_t first, int64
     const float limit = a->threshold > 0.0f ? a->threshold : INFINITY;
     for (int64_t i = first; i < end; i++) {
         const T *x = (const T *)a->x + i * a->cols;
-        a->stats[i] = NAME(row_stat)(x, a->cols, a->threshold > 0.0f ? limit : NAN, a->outlier); /* NaN: none above */
+        a->stats[i] = NAME(row_stat)(a, x, a->threshold > 0.0f ? limit : NAN); /* NaN: none above */
         NAME(row_codes)(x, a->cols, a->stats[i], limit, a->codes + i * a->cols);
     }
 }
