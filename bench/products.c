@@ -87,8 +87,8 @@ static void job_linear(void *arg)
     }
     l->eight.b = w.codes;
     l->eight.col_stats = w.scale;
-    check(bnb_quantize_rows(&l->ex, l->eight.x, l->eight.dtype, l->eight.m, l->eight.k, 0.0, l->activations,
-                            l->row_stats, NULL));
+    check(bnb_quantize_rows(&l->ex, &(bnb_matrix){l->eight.x, l->eight.dtype, l->eight.m, l->eight.k}, 0.0,
+                            l->activations, l->row_stats, NULL));
     bnb_gemm8_args args = l->eight;
     args.x = NULL; /* no outliers */
     check(bnb_gemm8(&l->ex, &args));

@@ -255,21 +255,27 @@ BNB_API bnb_status bnb_gemm4_grad(const bnb_exec *ex, const bnb_gemm4_args *args
 
 /* ---------------------------------------------------------------- LLM.int8() */
 
+/* A row-major matrix [rows, cols] of f32, f16 or bf16 that a call reads. */
+typedef struct bnb_matrix {
+    const void *data;
+    bnb_dtype dtype;
+    int64_t rows, cols;
+} bnb_matrix;
+
 /*
  * bnb_quantize_rows() - int8 codes and one scale per row: Dettmers et al. 2022, "LLM.int8()", section 3
- *   x          [rows, cols]  f32, f16 or bf16
  *   threshold  0: none.  Above 0: elements with |x| >= threshold are outliers.  They do not count for stats, their codes
  *              are 0, and with more than one row so are all codes of their columns
  *   codes      [rows, cols]  out: x 127 / stats, rounded to nearest even (NUMERICS rule 33)
  *   stats      [rows]        out: largest |x| of the row, NaN if it holds one; 0, infinity and NaN make all its codes 0
  *   outlier    [cols]        out: 1 for a column that holds an outlier, else 0; NULL if threshold is 0
  */
-BNB_API bnb_status bnb_quantize_rows(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t rows, int64_t cols,
-                                     double threshold, int8_t *codes, float *stats, uint8_t *outlier);
+BNB_API bnb_status bnb_quantize_rows(const bnb_exec *ex, const bnb_matrix *x, double threshold, int8_t *codes,
+                                     float *stats, uint8_t *outlier);
 
 /* bnb_quantize_columns() - the same with one scale per column; stats [cols].  Outliers count as 0. */
-BNB_API bnb_status bnb_quantize_columns(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t rows, int64_t cols,
-                                        double threshold, int8_t *codes, float *stats);
+BNB_API bnb_status bnb_quantize_columns(const bnb_exec *ex, const bnb_matrix *x, double threshold, int8_t *codes,
+                                        float *stats);
 
 /* bnb_dequantize_rows() - out [rows, cols] = codes * stats / 127, f32, f16 or bf16 */
 BNB_API bnb_status bnb_dequantize_rows(const bnb_exec *ex, const int8_t *codes, const float *stats, int64_t rows,

@@ -111,30 +111,33 @@ static bnb_status run_quantize(const bnb_exec *ex, const char *f, const struct b
     return device->quantize_rows(ex, a, dtype);
 }
 
-bnb_status bnb_quantize_rows(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t rows, int64_t cols,
-                             double threshold, int8_t *codes, float *stats, uint8_t *outlier)
+bnb_status bnb_quantize_rows(const bnb_exec *ex, const bnb_matrix *x, double threshold, int8_t *codes, float *stats,
+                             uint8_t *outlier)
 {
-    const struct bnb_rows_args a = {.x = x,
+    const char *f = "quantize_rows";
+    BNB_CHECK(bnb_core_check_ptr(f, "x", x));
+    const struct bnb_rows_args a = {.x = x->data,
                                     .codes = codes,
                                     .stats = stats,
-                                    .rows = rows,
-                                    .cols = cols,
+                                    .rows = x->rows,
+                                    .cols = x->cols,
                                     .outlier = threshold > 0.0 ? outlier : NULL,
                                     .threshold = (float)threshold};
-    return run_quantize(ex, "quantize_rows", &a, dtype, threshold);
+    return run_quantize(ex, f, &a, x->dtype, threshold);
 }
 
-bnb_status bnb_quantize_columns(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t rows, int64_t cols,
-                                double threshold, int8_t *codes, float *stats)
+bnb_status bnb_quantize_columns(const bnb_exec *ex, const bnb_matrix *x, double threshold, int8_t *codes, float *stats)
 {
-    const struct bnb_rows_args a = {.x = x,
+    const char *f = "quantize_columns";
+    BNB_CHECK(bnb_core_check_ptr(f, "x", x));
+    const struct bnb_rows_args a = {.x = x->data,
                                     .codes = codes,
                                     .stats = stats,
-                                    .rows = rows,
-                                    .cols = cols,
+                                    .rows = x->rows,
+                                    .cols = x->cols,
                                     .threshold = (float)threshold,
                                     .by_column = 1};
-    return run_quantize(ex, "quantize_columns", &a, dtype, threshold);
+    return run_quantize(ex, f, &a, x->dtype, threshold);
 }
 
 bnb_status bnb_dequantize_rows(const bnb_exec *ex, const int8_t *codes, const float *stats, int64_t rows, int64_t cols,

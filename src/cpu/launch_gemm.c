@@ -55,16 +55,25 @@ static void run_widen(void *arg, int64_t begin, int64_t end)
     }
 }
 
-/* x [m, inner] and bias [n] in f32.  A few whole f32 rows are read where they are. */
-static bnb_status prepare(const bnb_exec *ex, const char *f, const void *x, int64_t m, int64_t inner,
-                          const float *column_scale, const void *bias, bnb_dtype bias_dtype, int64_t n, bnb_dtype dtype,
-                          struct operands *o)
+/* What a product reads: x [m, inner] of `dtype`, its columns scaled unless scale is NULL, and bias [n] or NULL. */
+struct sources {
+    const void *x;
+    int64_t m, inner;
+    const float *scale;
+    const void *bias;
+    bnb_dtype bias_dtype;
+    int64_t n;
+    bnb_dtype dtype; /* of x and of the result */
+};
+
+/* The sources in f32.  A few whole f32 rows are read where they are. */
+static bnb_status prepare(const bnb_exec *ex, const char *f, const struct sources *s, struct operands *o)
 {
     const struct bnb_cpu_ops *ops = bnb_cpu_ops_in_use();
-    const bool in_place = dtype == BNB_F32 && inner % STRIDE == 0 && !column_scale && m <= BNB_GEMV_ROWS;
-    const int64_t x_floats = in_place ? 0 : m * padded(inner);
-    *o = (struct operands){.dense = {.x = x, .stride = inner, .dtype = (int)dtype}};
-    o->bytes = (size_t)(x_floats + (bias ? n : 0)) * sizeof(float);
+    const bool in_place = s->dtype == BNB_F32 && s->inner % STRIDE == 0 && !s->scale && s->m <= BNB_GEMV_ROWS;
+    const int64_t x_floats = in_place ? 0 : s->m * padded(s->inner);
+    *o = (struct operands){.dense = {.x = s->x, .stride = s->inner, .dtype = (int)s->dtype}};
+    o->bytes = (size_t)(x_floats + (s->bias ? s->n : 0)) * sizeof(float);
     if (o->bytes == 0)
         return BNB_OK;
     o->memory = bnb_cpu_alloc(ex, o->bytes);
@@ -72,14 +81,14 @@ static bnb_status prepare(const bnb_exec *ex, const char *f, const void *x, int6
         return bnb_fail(BNB_ENOMEM, "%s: no %zu bytes of workspace", f, o->bytes);
     if (!in_place) {
         o->dense.x = o->memory;
-        o->dense.stride = padded(inner);
-        struct widen_task t = {ops->widen[dtype], x,           bnb_dtype_size(dtype), o->memory, inner,
-                               o->dense.stride,   column_scale};
-        bnb_cpu_parallel(ex, m, grain_of(inner, 1, 1), run_widen, &t);
+        o->dense.stride = padded(s->inner);
+        struct widen_task t = {ops->widen[s->dtype], s->x,    bnb_dtype_size(s->dtype), o->memory, s->inner,
+                               o->dense.stride,      s->scale};
+        bnb_cpu_parallel(ex, s->m, grain_of(s->inner, 1, 1), run_widen, &t);
     }
-    if (bias) {
+    if (s->bias) {
         o->dense.bias = o->memory + x_floats;
-        ops->widen[bias_dtype](bias, n, o->memory + x_floats);
+        ops->widen[s->bias_dtype](s->bias, s->n, o->memory + x_floats);
     }
     return BNB_OK;
 }
@@ -154,8 +163,11 @@ bnb_status bnb_cpu_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, bn
     const struct bnb_cpu_ops *ops = bnb_cpu_ops_in_use();
     struct operands o;
     const int64_t inner = g->grad ? g->n : g->k, outer = g->grad ? g->k : g->n;
-    const bnb_status status =
-        prepare(ex, g->grad ? "gemm4_grad" : "gemm4", g->x, g->m, inner, NULL, g->bias, dtype, outer, dtype, &o);
+    const bnb_status status = prepare(
+        ex, g->grad ? "gemm4_grad" : "gemm4",
+        &(struct sources){
+            .x = g->x, .m = g->m, .inner = inner, .bias = g->bias, .bias_dtype = dtype, .n = outer, .dtype = dtype},
+        &o);
     if (status)
         return status;
     struct gemm4_task t = {.ops = ops, .kernel = ops->gemm4_dot, .g = g, .dense = &o.dense};
@@ -227,10 +239,18 @@ static bnb_status forward8(const bnb_exec *ex, const struct bnb_gemm8_block *g, 
     struct operands o;
     if (bytes && !memory)
         return bnb_fail(BNB_ENOMEM, "%s: no %zu bytes of workspace", f, bytes);
-    if (g->outliers > 0)
-        gather_columns(g, bnb_dtype_size(dtype), memory + a_bytes);
-    const bnb_status status =
-        prepare(ex, f, memory + a_bytes, g->m, g->outliers, NULL, g->bias, (bnb_dtype)g->bias_dtype, g->n, dtype, &o);
+    char *gathered = memory && x_bytes > 0 ? memory + a_bytes : NULL;
+    if (gathered)
+        gather_columns(g, bnb_dtype_size(dtype), gathered);
+    const bnb_status status = prepare(ex, f,
+                                      &(struct sources){.x = gathered,
+                                                        .m = g->m,
+                                                        .inner = g->outliers,
+                                                        .bias = g->bias,
+                                                        .bias_dtype = (bnb_dtype)g->bias_dtype,
+                                                        .n = g->n,
+                                                        .dtype = dtype},
+                                      &o);
     if (!status) {
         struct gemm8_task t = {ops, g, &o.dense, memory, stride};
         if (!g->product)
@@ -250,7 +270,9 @@ bnb_status bnb_cpu_gemm8(const bnb_exec *ex, const struct bnb_gemm8_block *g, bn
         return forward8(ex, g, dtype);
     const struct bnb_cpu_ops *ops = bnb_cpu_ops_in_use();
     struct operands o;
-    const bnb_status status = prepare(ex, "gemm8_grad", g->x, g->m, g->n, g->col_stats, NULL, BNB_F32, 0, dtype, &o);
+    const bnb_status status =
+        prepare(ex, "gemm8_grad",
+                &(struct sources){.x = g->x, .m = g->m, .inner = g->n, .scale = g->col_stats, .dtype = dtype}, &o);
     if (status)
         return status;
     struct gemm8_task t = {ops, g, &o.dense, NULL, 0};

@@ -75,7 +75,7 @@ static struct rows8 quantize_rows(struct bnb_call *c, struct bnb_tensor *x, doub
     float *stats = bnb_write(c, &q.stats);
     uint8_t *flag = bnb_write(c, &q.flags);
     if (bnb_call_ok(c))
-        c->status = bnb_quantize_rows(&c->exec, values, dtype, q.rows, q.width, threshold, codes, stats,
+        c->status = bnb_quantize_rows(&c->exec, &(bnb_matrix){values, dtype, q.rows, q.width}, threshold, codes, stats,
                                       threshold > 0.0 ? flag : NULL);
     return q;
 }
@@ -116,7 +116,7 @@ void bnb_op_int8_double_quant(torch_value *stack, uint64_t inputs, uint64_t outp
     int8_t *by_column = bnb_write(&c, &codes);
     float *scale = bnb_write(&c, &stats);
     if (bnb_call_ok(&c))
-        c.status = bnb_quantize_columns(&c.exec, x, dtype, q.rows, q.width, threshold, by_column, scale);
+        c.status = bnb_quantize_columns(&c.exec, &(bnb_matrix){x, dtype, q.rows, q.width}, threshold, by_column, scale);
     bnb_give(&c, &q.codes);
     bnb_give(&c, &codes);
     bnb_give(&c, &q.stats);

@@ -153,10 +153,11 @@ static bnb_status run(enum function f, struct call *c)
     case GRAD8:
         return bnb_gemm8_grad(&c->ex, eight);
     case ROWS:
-        return bnb_quantize_rows(&c->ex, c->x, c->dtype, c->rows, c->cols, c->threshold, c->codes, c->stats,
-                                 c->outlier);
+        return bnb_quantize_rows(&c->ex, &(bnb_matrix){c->x, c->dtype, c->rows, c->cols}, c->threshold, c->codes,
+                                 c->stats, c->outlier);
     case COLUMNS:
-        return bnb_quantize_columns(&c->ex, c->x, c->dtype, c->rows, c->cols, c->threshold, c->codes, c->stats);
+        return bnb_quantize_columns(&c->ex, &(bnb_matrix){c->x, c->dtype, c->rows, c->cols}, c->threshold, c->codes,
+                                    c->stats);
     default:
         return bnb_dequantize_rows(&c->ex, c->codes, c->stats, c->rows, c->cols, c->out, c->dtype);
     }
@@ -249,7 +250,7 @@ static void good_calls(const struct guarded out[OUTPUTS])
     const bnb_gemm8_args eight = {.size = sizeof eight, .n = 5, .k = 5};
     CHECK(!bnb_gemm8(NULL, &eight) && !bnb_gemm8_grad(NULL, &eight), "%s", bnb_detail());
     CHECK(!bnb_matmul8(NULL, NULL, NULL, 0, 3, 3, NULL), "%s", bnb_detail());
-    CHECK(!bnb_quantize_rows(NULL, NULL, BNB_F16, 0, 0, 6.0, NULL, NULL, NULL), "%s", bnb_detail());
+    CHECK(!bnb_quantize_rows(NULL, &(bnb_matrix){NULL, BNB_F16, 0, 0}, 6.0, NULL, NULL, NULL), "%s", bnb_detail());
     CHECK(!bnb_dequantize_rows(NULL, NULL, NULL, 0, 9, NULL, BNB_BF16), "%s", bnb_detail());
 }
 

@@ -90,8 +90,8 @@ static bnb_status quantize(const struct shape *s, const bnb_exec *ex, const void
 {
     const double t = (double)s->threshold;
     if (s->by_column)
-        return bnb_quantize_columns(ex, x, s->dtype, s->rows, s->cols, t, o->codes.data, o->stats.data);
-    return bnb_quantize_rows(ex, x, s->dtype, s->rows, s->cols, t, o->codes.data, o->stats.data,
+        return bnb_quantize_columns(ex, &(bnb_matrix){x, s->dtype, s->rows, s->cols}, t, o->codes.data, o->stats.data);
+    return bnb_quantize_rows(ex, &(bnb_matrix){x, s->dtype, s->rows, s->cols}, t, o->codes.data, o->stats.data,
                              s->threshold > 0.0f ? o->outlier.data : NULL);
 }
 
@@ -192,8 +192,8 @@ static void by_hand(void)
         int8_t codes[6];
         float stats[2];
         uint8_t outlier[3] = {0};
-        CHECK(!bnb_quantize_rows(NULL, row[i].x, BNB_F32, 2, 3, row[i].threshold, codes, stats, outlier), "%s",
-              bnb_detail());
+        CHECK(!bnb_quantize_rows(NULL, &(bnb_matrix){row[i].x, BNB_F32, 2, 3}, row[i].threshold, codes, stats, outlier),
+              "%s", bnb_detail());
         CHECK(!memcmp(codes, row[i].codes, 6), "case %zu: codes %d %d %d, %d %d %d", i, codes[0], codes[1], codes[2],
               codes[3], codes[4], codes[5]);
         CHECK(!memcmp(stats, row[i].stats, sizeof stats), "case %zu: stats %g, %g", i, (double)stats[0],
@@ -204,11 +204,12 @@ static void by_hand(void)
     int8_t codes[3];
     float stat;
     uint8_t outlier[3];
-    CHECK(!bnb_quantize_rows(NULL, one_row, BNB_F32, 1, 3, 6.0, codes, &stat, outlier), "%s", bnb_detail());
+    CHECK(!bnb_quantize_rows(NULL, &(bnb_matrix){one_row, BNB_F32, 1, 3}, 6.0, codes, &stat, outlier), "%s",
+          bnb_detail());
     CHECK(codes[0] == 0 && codes[1] == 64 && codes[2] == 127 && outlier[0] == 1, "one row: %d %d %d", codes[0],
           codes[1], codes[2]);
     memset(outlier, 9, 3);
-    CHECK(!bnb_quantize_rows(NULL, NULL, BNB_F32, 0, 3, 6.0, NULL, NULL, outlier), "%s", bnb_detail());
+    CHECK(!bnb_quantize_rows(NULL, &(bnb_matrix){NULL, BNB_F32, 0, 3}, 6.0, NULL, NULL, outlier), "%s", bnb_detail());
     CHECK(!outlier[0] && !outlier[1] && !outlier[2], "no row has an outlier");
 }
 

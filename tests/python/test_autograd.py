@@ -232,7 +232,7 @@ def test_codes_follow_an_optimizer_step(set_to_none):
     """Also with zero_grad(set_to_none=False), and in evaluation right after a step."""
     state, x = bnb.MatmulLtState(), normal(4, K)
     weight = torch.nn.Parameter(normal(N, K))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
     for _ in range(3):
         optimizer.zero_grad(set_to_none=set_to_none)
         bnb.matmul(x, weight, state=state).square().sum().backward()
