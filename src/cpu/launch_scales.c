@@ -3,6 +3,7 @@
  *
  * There is one scale for 32 values or more, so plain C on one thread is fast enough here.
  */
+#include "core/scale.h"
 #include "cpu/cpu.h"
 
 /*
@@ -97,12 +98,8 @@ struct expand_task {
 static void run_expand(void *arg, int64_t begin, int64_t end)
 {
     const struct expand_task *t = arg;
-    const struct bnb_scale_args *s = t->scale;
-    const uint8_t *codes = s->absmax;
-    for (int64_t b = begin; b < end; b++) {
-        const float product = s->code[codes[b]] * s->absmax2[b / s->block2];
-        t->out[b] = product + *s->offset;
-    }
+    for (int64_t b = begin; b < end; b++)
+        t->out[b] = bnb_block_scale(t->scale, b);
 }
 
 bnb_status bnb_cpu_expand_scales(const bnb_exec *ex, const struct bnb_scale_args *a, int64_t n, float *out)

@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "core/args.h"
+#include "core/scale.h"
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
@@ -159,17 +160,6 @@ static ALWAYS_INLINE vi encode_fp4(vf u, const struct tree4 *t)
     k = tree4_step(a, k, t->level3);
     const vi sign = vi_and(vi_of_mask(vf_lt(u, vf_set(0.0f))), vi_set(8));
     return vi_or(vi_bits(lut8_at(t->level4, k)), sign); /* level4 holds the codes, as integer bits */
-}
-
-/* ---- the scale of block b, plain or nested */
-static inline float block_scale(const struct bnb_scale_args *s, int64_t b)
-{
-    if (!s->absmax2)
-        return ((const float *)s->absmax)[b];
-    const bool power_of_two = (s->block2 & (s->block2 - 1)) == 0; /* a shift is much faster than a division */
-    const int64_t outer = power_of_two ? b >> __builtin_ctzll((unsigned long long)s->block2) : b / s->block2;
-    const float product = s->code[((const uint8_t *)s->absmax)[b]] * s->absmax2[outer];
-    return product + *s->offset;
 }
 
 #endif

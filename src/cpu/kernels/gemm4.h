@@ -43,7 +43,7 @@ static void decode4_range(const struct bnb_gemm4_block *g, int64_t at, int64_t n
     const int shift = __builtin_ctzll((unsigned long long)g->block); /* a power of two */
     while (n > 0) {
         const int64_t b = at >> shift, here = smaller(n, ((b + 1) << shift) - at);
-        const float scale = block_scale(&g->scale, b);
+        const float scale = bnb_block_scale(&g->scale, b);
         float product[16];
         for (int k = 0; k < 16; k++)
             product[k] = g->code[k] * scale;
@@ -140,7 +140,7 @@ static ALWAYS_INLINE void gemv4_row(const struct bnb_gemm4_block *g, const struc
                 odd[i] = vf_fma(w_odd, vf_load_f32(x + i * d->stride + VF_LANES), odd[i]);
             }
         }
-        const vf scale = vf_set(block_scale(&g->scale, b));
+        const vf scale = vf_set(bnb_block_scale(&g->scale, b));
         UNROLL
         for (int i = 0; i < rows; i++)
             sum[i] = vf_fma(vf_add(even[i], odd[i]), scale, sum[i]);

@@ -85,7 +85,7 @@ static ALWAYS_INLINE void int16_row(const struct bnb_gemm4_block *g, const int16
         planes_decode(g->codes + (start + l) / 2, planes, w);
         UNROLL
         for (int r = 0; r < RUNS; r++)
-            absmax[r] = block_scale(&scales, (start + l + r * RUN) >> shift);
+            absmax[r] = bnb_block_scale(&scales, (start + l + r * RUN) >> shift);
         UNROLL
         for (int i = 0; i < rows; i++) {
             const int16_t *a = x + i * g->k + l;

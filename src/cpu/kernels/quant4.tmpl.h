@@ -66,7 +66,7 @@ static void NAME(dequant4)(const struct bnb_dequant4_args *a, int64_t first, int
         const int64_t low = b * a->block, n = a->n - low < a->block ? a->n - low : a->block;
         const uint8_t *codes = a->codes + low / 2;
         T *out = (T *)a->out + low;
-        const float scale = block_scale(&a->scale, b);
+        const float scale = bnb_block_scale(&a->scale, b);
         float product[16]; /* the 16 possible results of this block */
         for (int k = 0; k < 16; k++)
             product[k] = a->code[k] * scale;

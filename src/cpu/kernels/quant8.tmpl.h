@@ -118,7 +118,7 @@ static void NAME(dequant8)(const struct bnb_dequant8_args *a, int64_t first, int
 {
     for (int64_t b = first; b < end; b++) {
         const int64_t low = b * a->block, n = a->n - low < a->block ? a->n - low : a->block;
-        const vf scale = vf_set(block_scale(&a->scale, b));
+        const vf scale = vf_set(bnb_block_scale(&a->scale, b));
         if (n >= 256)
             NAME(dequant8_table)(a->codes + low, n, a->code, scale, (T *)a->out + low);
         else
