@@ -14,11 +14,16 @@ static bool complete(const struct bnb_cpu_ops *ops)
     for (int d = 0; d < BNB_FLOATS; d++) {
         if (!ops->quant8[d] || !ops->dequant8[d] || !ops->quant4[d] || !ops->dequant4[d])
             return false;
+        if (!ops->widen[d] || !ops->quant_rows[d] || !ops->dequant_rows[d])
+            return false;
         for (int rule = 0; rule < BNB_RULE_COUNT; rule++)
             if (!ops->optim8[rule][d] || !ops->optim32[rule][d])
                 return false;
     }
-    return true;
+    if (!ops->gemm4_dot || !ops->gemm4_axpy || !ops->pack_pairs || !ops->gemv4 || !ops->pack8 || !ops->gemm8_dot ||
+        !ops->gemm8_axpy)
+        return false;
+    return !ops->int16_rows || (ops->pack16 && ops->gemv4_int16);
 }
 
 static void table_list(void)
