@@ -167,54 +167,100 @@ static void job_dequant4(void *task)
 
 /* ---- optimizers: lr is 0, so that a million steps leave the parameters where they are */
 
-static void body_optim8(void *arg, int64_t begin, int64_t end)
-{
-    const struct task *t = arg;
-    t->ops->optim8[BNB_RULE_ADAM][t->dtype](&t->optim, begin, end);
-}
+static const struct {
+    const char *class, *row; /* the beginning of an operation's name; its row in the optimizer table */
+    double beta1, beta2;
+} optimizers[] = {
+    {"AdamW", "adam", 0.9, 0.999},    {"LAMB", "lamb", 0.9, 0.999}, {"AdEMAMix", "ademamix", 0.9, 0.999},
+    {"SGD", "momentum", 0.9, 0.0},    {"Lion", "lion", 0.9, 0.99},  {"RMSprop", "rmsprop", 0.99, 0.0},
+    {"Adagrad", "adagrad", 0.0, 0.0},
+};
 
-static void body_optim32(void *arg, int64_t begin, int64_t end)
+static bnb_optim_config config_of(const char *name)
 {
-    const struct task *t = arg;
-    t->ops->optim32[BNB_RULE_ADAM][t->dtype](&t->optim, begin, end);
+    size_t i = 0;
+    while (strncmp(name, optimizers[i].class, strlen(optimizers[i].class)) != 0)
+        i++; /* ends: the operations below are all in the table */
+    return (bnb_optim_config){.size = sizeof(bnb_optim_config),
+                              .name = optimizers[i].row,
+                              .lr = 0.0,
+                              .beta1 = optimizers[i].beta1,
+                              .beta2 = optimizers[i].beta2,
+                              .beta3 = 0.9999,
+                              .alpha = 5.0,
+                              .eps = 1e-8,
+                              .weight_decay = 0.01,
+                              .gnorm_scale = 1.0};
 }
 
 static void prepare_optim(struct task *t, struct arena *a, const struct op *op)
 {
-    const bnb_optim_config config = {.size = sizeof config,
-                                     .name = "adam",
-                                     .lr = 0.0,
-                                     .beta1 = 0.9,
-                                     .beta2 = 0.999,
-                                     .eps = 1e-8,
-                                     .weight_decay = 0.01,
-                                     .gnorm_scale = 1.0};
-    const size_t state = strstr(op->name, "8bit") ? 1 : 4, n = (size_t)t->n;
+    const bnb_optim_config config = config_of(op->name);
+    const struct bnb_optim_row *row = bnb_optim_find(config.name);
+    const bool coded = strstr(op->name, "8bit");
+    const size_t n = (size_t)t->n;
     t->units = bnb_blocks(t->n, BNB_OPTIM_BLOCK);
     t->optim = (struct bnb_optim_args){.p = take_values(a, t->dtype, t->n, 1.0f),
                                        .g = take_values(a, t->dtype, t->n, 0.01f),
-                                       .state1 = take_zeros(a, n * state),
-                                       .state2 = take_zeros(a, n * state),
                                        .n = t->n,
-                                       .map1 = bnb_map_signed,
-                                       .map2 = bnb_map_unsigned,
-                                       .s = bnb_optim_scalars_of(&config, 100)};
-    if (state == 1) {
-        t->optim.absmax1 = take_zeros(a, (size_t)t->units * 4);
-        t->optim.absmax2 = take_zeros(a, (size_t)t->units * 4);
+                                       .dtype = (int)t->dtype,
+                                       .bits = coded ? 8 : 32,
+                                       .map = {bnb_map_signed, bnb_map_unsigned},
+                                       .s = bnb_optim_plan_of(row, &config, config.lr, 100, NULL).scalars};
+    if (row->rule == BNB_RULE_RMSPROP)
+        t->optim.map[0] = bnb_map_unsigned;
+    for (int k = 0; k < (row->is_double ? 3 : row->states); k++) {
+        t->optim.state[k] = take_zeros(a, coded ? n : 4 * n);
+        t->optim.absmax[k] = coded ? take_zeros(a, (size_t)t->units * 4) : NULL;
     }
 }
 
-static void job_optim8(void *task)
+/* A kernel of the table on the blocks of a task. */
+struct pass {
+    const struct bnb_optim_args *args;
+    void (*step)(const struct bnb_optim_args *a, int64_t first, int64_t end);
+    void (*norms)(const struct bnb_optim_args *a, int64_t first, int64_t end, double sums[2]);
+};
+
+static void body_step(void *arg, int64_t begin, int64_t end)
 {
-    struct task *t = task;
-    run_on(t->threads, t->units, body_optim8, t);
+    const struct pass *p = arg;
+    p->step(p->args, begin, end);
 }
 
-static void job_optim32(void *task)
+static void body_norms(void *arg, int64_t begin, int64_t end)
 {
-    struct task *t = task;
-    run_on(t->threads, t->units, body_optim32, t);
+    const struct pass *p = arg;
+    double sums[2] = {0.0, 0.0};
+    p->norms(p->args, begin, end, sums);
+}
+
+static void step8(const struct task *t, enum bnb_optim_rule rule)
+{
+    struct pass p = {.args = &t->optim, .step = t->ops->optim8[rule]};
+    run_on(t->threads, t->units, body_step, &p);
+}
+
+static void job_adam8(void *task) { step8(task, BNB_RULE_ADAM); }
+static void job_ademamix8(void *task) { step8(task, BNB_RULE_ADEMAMIX); }
+static void job_momentum8(void *task) { step8(task, BNB_RULE_MOMENTUM); }
+static void job_lion8(void *task) { step8(task, BNB_RULE_LION); }
+static void job_rmsprop8(void *task) { step8(task, BNB_RULE_RMSPROP); }
+
+/* With trust clipping: the norms of all updates, then the updates. */
+static void job_lamb8(void *task)
+{
+    const struct task *t = task;
+    struct pass p = {.args = &t->optim, .norms = t->ops->optim_norms[BNB_RULE_ADAM]};
+    run_on(t->threads, t->units, body_norms, &p);
+    step8(t, BNB_RULE_ADAM);
+}
+
+static void job_adam32(void *task)
+{
+    const struct task *t = task;
+    struct pass p = {.args = &t->optim, .step = t->ops->optim32[BNB_RULE_ADAM]};
+    run_on(t->threads, t->units, body_step, &p);
 }
 
 /* ---- quantiles: a whole call of the library */
@@ -236,7 +282,7 @@ static void job_quantiles(void *task)
 
 #define SCALE8 (4.0 / BLOCK8)
 #define SCALE4 (4.0 / BLOCK4)
-#define STATE8 (2 * (2 + 8.0 / BNB_OPTIM_BLOCK)) /* codes and scales of two states, read and written */
+#define STATE8 (2 + 8.0 / BNB_OPTIM_BLOCK) /* codes and scales of one state, read and written */
 
 const struct op ops[] = {
     {"encode 8, dynamic", BNB_F32, 5 + SCALE8, 5 + SCALE8, 1.3, false, prepare_quant8, job_quant8},
@@ -251,10 +297,16 @@ const struct op ops[] = {
     {"FP4 encode", BNB_BF16, 2.5 + SCALE4, 2.5 + SCALE4, 0, false, prepare_quant4, job_quant4},
     {"4-bit decode", BNB_F32, 4.5 + SCALE4, 4.5 + SCALE4, 0.3, false, prepare_dequant4, job_dequant4},
     {"4-bit decode", BNB_BF16, 2.5 + SCALE4, 2.5 + SCALE4, 0.3, false, prepare_dequant4, job_dequant4},
-    {"AdamW8bit", BNB_F32, 12 + STATE8, 8 + STATE8 / 2, 4.5, false, prepare_optim, job_optim8},
-    {"AdamW8bit", BNB_BF16, 6 + STATE8, 4 + STATE8 / 2, 4.5, false, prepare_optim, job_optim8},
-    {"AdamW 32-bit state", BNB_F32, 28, 16, 0, false, prepare_optim, job_optim32},
-    {"AdamW 32-bit state", BNB_BF16, 22, 12, 0, false, prepare_optim, job_optim32},
+    {"AdamW8bit", BNB_F32, 12 + 2 * STATE8, 8 + STATE8, 4.5, false, prepare_optim, job_adam8},
+    {"AdamW8bit", BNB_BF16, 6 + 2 * STATE8, 4 + STATE8, 4.5, false, prepare_optim, job_adam8},
+    {"AdamW 32-bit state", BNB_F32, 28, 16, 0, false, prepare_optim, job_adam32},
+    {"AdamW 32-bit state", BNB_BF16, 22, 12, 0, false, prepare_optim, job_adam32},
+    {"Lion8bit", BNB_BF16, 6 + STATE8, 4 + STATE8 / 2, 0, false, prepare_optim, job_lion8},
+    {"SGD8bit", BNB_BF16, 6 + STATE8, 4 + STATE8 / 2, 0, false, prepare_optim, job_momentum8},
+    {"RMSprop8bit", BNB_BF16, 6 + STATE8, 4 + STATE8 / 2, 0, false, prepare_optim, job_rmsprop8},
+    {"Adagrad8bit", BNB_BF16, 6 + STATE8, 4 + STATE8 / 2, 0, false, prepare_optim, job_rmsprop8},
+    {"AdEMAMix8bit", BNB_BF16, 6 + 3 * STATE8, 4 + 1.5 * STATE8, 0, false, prepare_optim, job_ademamix8},
+    {"LAMB8bit", BNB_BF16, 10 + 3 * STATE8, 4 + STATE8, 0, false, prepare_optim, job_lamb8},
     {"256 quantiles", BNB_F32, 4, 4, 0, true, prepare_quantiles, job_quantiles},
     {"256 quantiles", BNB_BF16, 2, 2, 0, true, prepare_quantiles, job_quantiles},
 };

@@ -326,11 +326,12 @@ BNB_API bnb_status bnb_gemm8_grad(const bnb_exec *ex, const bnb_gemm8_args *args
 #define BNB_OPTIM_BLOCK 256
 
 /*
- * bnb_optim_tensor - one parameter of a step.  n = 0, or g = NULL (no gradient), skips it.
+ * bnb_optim_tensor - one parameter of a step.  n = 0, or g = NULL (no gradient), skips it.  Zero every unused member.
  *   p        [n]  updated in place                     g  [n]  read only
  *   state1, state2 [n]: f32 when bits is 32, codes (u8) when bits is 8; state2 NULL for one-state algorithms
  *   absmax1, absmax2 [ceil(n / 256)]: scales of 8-bit state, NULL when bits is 32
- * New state is all zero bytes.
+ *   "ademamix": state1 is [2][n] and absmax1 [2][ceil(n / 256)], the fast average before the slow one
+ * New state is all zero bytes.  Parameters of one step must not overlap.
  */
 typedef struct bnb_optim_tensor {
     void *p;
@@ -340,40 +341,95 @@ typedef struct bnb_optim_tensor {
     float *absmax1;
     float *absmax2;
     int64_t n;
-    int64_t step;    /* t of this update: 1 for the first            */
-    bnb_dtype dtype; /* of p and g: f32, f16 or bf16                 */
-    int bits;        /* of the state: 8 or 32                        */
+    int64_t step;             /* t of this update: 1 for the first; not read where step_count is given       */
+    float *step_count;        /* [1] t - 1, on the device; the step adds 1.  NULL: `step` counts             */
+    const float *gnorm_scale; /* [1] on the device: g is multiplied by this too.  NULL: 1                    */
+    float *unorm;             /* [1] receives the sum of squares of the update if max_unorm > 0; may be NULL */
+    uint64_t seed;            /* of stochastic rounding: one for each parameter                              */
+    bnb_dtype dtype;          /* of p and g: f32, f16 or bf16                                                */
+    int bits;                 /* of the state: 8 or 32                                                       */
 } bnb_optim_tensor;
 
 /* bnb_optim_config - what the tensors of one step share.  Zero every member that is not used. */
 typedef struct bnb_optim_config {
-    size_t size;        /* sizeof(bnb_optim_config) as the caller compiled it                      */
-    const char *name;   /* a row of the optimizer table: see bnb_optim_name()                      */
-    double lr;          /* learning rate, >= 0                                                     */
-    double beta1;       /* in [0, 1)                                                               */
-    double beta2;       /* in [0, 1)                                                               */
-    double beta3;       /* unused by adam                                                          */
-    double alpha;       /* unused by adam                                                          */
-    double eps;         /* >= 0, added outside the square root                                     */
-    double weight_decay; /* >= 0; decoupled for adam                                               */
-    double gnorm_scale; /* every gradient is multiplied by this; 1 leaves it                       */
-    bool skip_zeros;    /* elements whose gradient is 0 keep their state and parameter             */
-    const float *qmap1; /* [256] sorted map of 8-bit state1, on the device of the call             */
-    const float *qmap2; /* [256] sorted map of 8-bit state2, on the device of the call             */
+    size_t size;               /* sizeof(bnb_optim_config) as the caller compiled it                            */
+    const char *name;          /* a row of the optimizer table: see bnb_optim_name()                            */
+    double lr;                 /* learning rate, >= 0                                                           */
+    const float *lr_value;     /* [1] the learning rate, on the device, instead of lr.  NULL: lr                */
+    double beta1;              /* in [0, 1): adam, lamb, ademamix, lion; the momentum of momentum and lars; the
+                                  smoothing constant (alpha) of rmsprop                                         */
+    double beta2;              /* in [0, 1): adam, lamb, ademamix, lion; the dampening of momentum and lars     */
+    double beta3;              /* in [0, 1): the slow average of ademamix                                       */
+    double alpha;              /* >= 0: the weight of the slow average of ademamix                              */
+    double t_alpha;            /* ademamix: updates over which alpha rises to its value; 0: none                */
+    double t_beta3;            /* ademamix: updates over which beta3 rises from beta1 to its value; 0: none     */
+    double eps;                /* >= 0, added outside the square root                                           */
+    double weight_decay;       /* >= 0; decoupled for adam, lamb, ademamix, lion; else added to the gradient    */
+    double gnorm_scale;        /* every gradient is multiplied by this; 1 leaves it                             */
+    double max_unorm;          /* > 0: trust clipping; the norm of the update is at most this times that of p   */
+    const double *norms;       /* [count][2] of bnb_optim_norms(), on the device; needed if max_unorm > 0       */
+    bool skip_zeros;           /* elements whose gradient is 0 keep their state and parameter                   */
+    bool nesterov;             /* momentum, lars: step along g + momentum m                                     */
+    bool no_bias_correction;   /* adam, lamb: first and second average as they are                              */
+    bool coupled_decay;        /* adam, lamb: weight decay is added to the gradient (Adam's L2 form)            */
+    bool stochastic_rounding;  /* round 16-bit parameters up or down at random, with the right mean             */
+    const float *qmap1;        /* [256] sorted map of 8-bit state1, on the device of the call                   */
+    const float *qmap2;        /* [256] sorted map of 8-bit state2, on the device of the call                   */
 } bnb_optim_config;
 
 /*
  * bnb_optim_step() - one update of `count` parameters, equal to one call per parameter
- * Rows and formulas: docs/NUMERICS.md, rules 20 and on.  Nothing is allocated on the CPU.
- * BNB_EINVAL (unknown name, a negative value, a missing buffer), BNB_EDTYPE, BNB_EDEVICE.
- * "adam": Kingma & Ba 2015 with the decoupled decay of Loshchilov & Hutter 2019 (AdamW).
+ * Rows and formulas: docs/OPTIMIZERS.md; numbers: docs/NUMERICS.md, rules 20 and on.  Nothing is allocated.
+ * BNB_EINVAL (unknown name, a value out of range, a missing buffer), BNB_EDTYPE, BNB_EDEVICE.
  */
 BNB_API bnb_status bnb_optim_step(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
                                   size_t count);
 
-/* The name of row i of the optimizer table, NULL behind the last; and how many states row i has (0 behind the last). */
+/*
+ * bnb_optim_norms() - what trust clipping needs to know: norms[i] = {sum of u^2, sum of p^2} of tensors[i]
+ * u is the update that bnb_optim_step() would make with the same arguments, without learning rate and weight decay.
+ * Writes `norms` [count][2] alone, on the device; zeros for a skipped tensor.  A caller that holds a part of each
+ * parameter adds the parts up before the step.  Needs workspace.  Errors as bnb_optim_step(), and BNB_ENOMEM.
+ */
+BNB_API bnb_status bnb_optim_norms(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
+                                   size_t count, double *norms);
+
+/* bnb_gradient - one gradient: g [n], f32, f16 or bf16 */
+typedef struct bnb_gradient {
+    const void *g;
+    int64_t n;
+    bnb_dtype dtype;
+} bnb_gradient;
+
+/* bnb_gradient_norms() - norms[i] = sum of the squares of gradients[i], in double; norms [count] on the device */
+BNB_API bnb_status bnb_gradient_norms(const bnb_exec *ex, const bnb_gradient *gradients, size_t count, double *norms);
+
+/* bnb_clip_tensor - the history of one gradient: history [100] squared norms, step its t, from 1 */
+typedef struct bnb_clip_tensor {
+    float *history;
+    int64_t step;
+    float *step_count; /* [1] t - 1, on the device, only read.  NULL: `step` counts */
+} bnb_clip_tensor;
+
+/*
+ * bnb_clip_percentile() - scale gradients so that no norm exceeds a percentile of the last 100
+ * norms [count] (bnb_gradient_norms) enters the histories: every slot at t = 1 or where all are 0 (clipping that starts
+ * late), else slot t mod 100.
+ * report[i] = {norm, limit, scale}: limit is the norm at rank `percentile` of the sorted history, scale = limit / norm
+ * where the norm is above it, else 1.  report [count][3] on the device; scale is what bnb_optim_tensor calls gnorm_scale.
+ * BNB_EINVAL unless 0 <= percentile <= 99.
+ */
+BNB_API bnb_status bnb_clip_percentile(const bnb_exec *ex, const bnb_clip_tensor *tensors, size_t count, int percentile,
+                                       const double *norms, float *report);
+
+/* Row i of the optimizer table: its name, how many states it has, and how many averages state1 holds, one behind the
+ * other (2 for "ademamix", else 1).  NULL, 0 and 0 behind the last row. */
 BNB_API const char *bnb_optim_name(int i);
 BNB_API int bnb_optim_states(int i);
+BNB_API int bnb_optim_averages(int i);
+
+/* Does state `state` (0 or 1) of row i take both signs?  Its default map is the signed one then, else the unsigned. */
+BNB_API bool bnb_optim_is_signed(int i, int state);
 
 #ifdef __cplusplus
 }

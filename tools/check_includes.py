@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 PUBLIC = "bitsandbytes.h"
-SHARED = ("core/args.h", "core/half.h", "core/scale.h", "core/internal.h")
-KERNEL = ("core/args.h", "core/half.h", "core/scale.h")
+KERNEL = ("core/args.h", "core/half.h", "core/random.h", "core/scale.h")
+SHARED = (*KERNEL, "core/internal.h")
 
 # The first row whose folder holds the file decides.
 ROWS = (

@@ -271,12 +271,52 @@ def _(optimizer_name, g, p, state1, state2, *rest):
             _dtype(op, name, tensor, torch.float32)
 
 
+# What the operators of a group share behind their lists of tensors.
+_GROUP = (
+    "Tensor? gnorm_scale, Tensor? norms, Tensor? lr_tensor, int[] step, int[] seed, float lr, float beta1, "
+    "float beta2, float beta3, float alpha, float t_alpha, float t_beta3, float eps, float weight_decay, "
+    "float max_unorm, bool skip_zeros, bool nesterov, bool bias_correction, bool adam_w_mode, "
+    "bool stochastic_rounding"
+)
+
+
+def _check_group(op, p, g, state1):
+    for field, values in (("g", g), ("state1", state1)):
+        _expect(len(values) == len(p), f"{op}: {field} has {len(values)} entries, expected {len(p)}")
+
+
 @_operator(
     "_optimizer_step(str name, Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] state1, Tensor(c!)[] state2, "
-    "Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor[] qmaps, int[] step, float lr, float beta1, float beta2, "
-    "float beta3, float alpha, float eps, float weight_decay, float gnorm_scale, bool skip_zeros) -> ()",
+    "Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor[] qmaps, Tensor(f!)[] steps, Tensor(h!)[] unorm, "
+    f"{_GROUP}) -> ()",
     autograd=False,
 )
-def _(name, p, g, state1, state2, absmax1, absmax2, qmaps, step, *rest):
-    for field, values in (("g", g), ("state1", state1), ("step", step)):
-        _expect(len(values) == len(p), f"_optimizer_step: {field} has {len(values)} entries, expected {len(p)}")
+def _(name, p, g, state1, *rest):
+    _check_group("_optimizer_step", p, g, state1)
+
+
+@_operator(
+    "_optimizer_norms(str name, Tensor[] p, Tensor[] g, Tensor[] state1, Tensor[] state2, Tensor[] absmax1, "
+    f"Tensor[] absmax2, Tensor[] qmaps, Tensor[] steps, Tensor[] unorm, {_GROUP}) -> Tensor",
+    autograd=False,
+)
+def _(name, p, g, state1, *rest):
+    _check_group("_optimizer_norms", p, g, state1)
+    return _on_device_of(p, (len(p), 2), torch.float64)
+
+
+@_operator("_gradient_norms(Tensor[] g) -> Tensor", autograd=False)
+def _(g):
+    return _on_device_of(g, (len(g),), torch.float64)
+
+
+@_operator(
+    "_percentile_clip(Tensor(a!)[] gnorm_vec, Tensor norms, Tensor[] steps, int[] step, int percentile) -> Tensor",
+    autograd=False,
+)
+def _(gnorm_vec, norms, steps, step, percentile):
+    return _on_device_of(gnorm_vec, (len(gnorm_vec), 3), torch.float32)
+
+
+def _on_device_of(tensors, shape, dtype):
+    return torch.empty(shape, dtype=dtype, device=tensors[0].device if tensors else "cpu")

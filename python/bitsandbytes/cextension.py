@@ -76,9 +76,11 @@ def _open():
     except OSError as error:
         _give_up(error)
         return _Library(None)
-    for name, restype in (("bnb_version", ctypes.c_char_p), ("bnb_detail", ctypes.c_char_p)):
+    for name in ("bnb_version", "bnb_detail", "bnb_optim_name"):
         if hasattr(handle, name):
-            getattr(handle, name).restype = restype
+            getattr(handle, name).restype = ctypes.c_char_p
+    if hasattr(handle, "bnb_optim_is_signed"):
+        handle.bnb_optim_is_signed.restype = ctypes.c_bool
     return _Library(handle)
 
 
@@ -115,3 +117,13 @@ def register_operators():
         return
     if failed:
         _give_up(last_detail())
+
+
+def optimizer_row(name):
+    """The row of the optimizer table that has this name (int). ValueError if none has."""
+    row = 0
+    while (found := lib.bnb_optim_name(row)) is not None:
+        if found.decode() == name:
+            return row
+        row += 1
+    raise ValueError(f"optimizer_name is {name!r}, which the library does not know")

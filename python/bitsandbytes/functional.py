@@ -55,6 +55,7 @@ __all__ = [
     "name2qmap",
     "optimizer_update_8bit_blockwise",
     "optimizer_update_32bit",
+    "percentile_clipping",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",
@@ -296,11 +297,15 @@ def optimizer_update_32bit(
 ):
     """One update of p, state1 and state2 in place, with 32-bit state. Returns None.
 
-    optimizer_name  a row of the optimizer table, such as "adam" (decoupled weight decay)
+    optimizer_name  adam, lamb, ademamix, momentum, lars, lion, rmsprop or adagrad: see docs/OPTIMIZERS.md
     g, p            gradient and parameter: same shape and dtype, float32, float16 or bfloat16
-    state1, state2  float32, shape of p; zeros before the first step
+    state1, state2  float32, shape of p (ademamix: state1 is [2, *shape]); zeros before the first step.  state2 is None
+                    but for adam, lamb and ademamix
+    beta2           momentum and lars: the dampening
     step            1 for the first update
-    ValueError: unknown name, dtypes or lengths that do not fit.  NotImplementedError: max_unorm > 0.
+    max_unorm       above 0: the norm of the update is at most max_unorm times that of p; unorm_vec, float32 [1], then
+                    receives the sum of squares of the update, if given
+    ValueError: unknown name, a value out of range, dtypes or lengths that do not fit.
     """
     _ops.call(
         _bnb.optimizer_update_32bit.default,
@@ -332,9 +337,11 @@ def optimizer_update_8bit_blockwise(
 ):
     """One update of p, its 8-bit states and their scales in place, in blocks of 256. Returns None.
 
-    optimizer_name    a row of the optimizer table, such as "adam" (decoupled weight decay)
+    optimizer_name    adam, lamb, ademamix, momentum, lars, lion, rmsprop or adagrad: see docs/OPTIMIZERS.md
     g, p              gradient and parameter: same shape and dtype, float32, float16 or bfloat16
-    state1, state2    uint8 codes, shape of p;  absmax1, absmax2  float32 [ceil(n / 256)]; zeros before the first step
+    state1, state2    uint8 codes, shape of p;  absmax1, absmax2  float32 [ceil(n / 256)]; zeros before the first step.
+                      ademamix: state1 is [2, *shape], absmax1 [2, ceil(n / 256)].  One-state rows: state2, qmap2 and
+                      absmax2 are None
     qmap1, qmap2      float32 [256] maps of the two states
     step              1 for the first update
     ValueError: unknown name, dtypes or lengths that do not fit.  Dettmers et al. 2021, section 2.
@@ -344,3 +351,17 @@ def optimizer_update_8bit_blockwise(
         *(optimizer_name, g, p, state1, state2, beta1, beta2, beta3, alpha, eps, step, lr),
         *(qmap1, qmap2, absmax1, absmax2, weight_decay, gnorm_scale, skip_zeros),
     )
+
+
+def percentile_clipping(grad, gnorm_vec, step, percentile=5):
+    """Note a gradient's norm, and what would bring it down to a percentile of the last 100.
+
+    grad        float32, float16 or bfloat16, any shape
+    gnorm_vec   float32 [100], changed in place: squared norms; step 1 fills all slots, later ones slot step % 100
+    step        1 for the first call
+    Returns 0-dim float32 tensors (norm, limit, scale): limit is the norm at rank `percentile` of the sorted history,
+    scale is limit / norm where the norm is above it, else 1.  ValueError: percentile outside 0 to 99, step below 1.
+    """
+    norms = _ops.call(_bnb._gradient_norms.default, [grad])
+    report = _ops.call(_bnb._percentile_clip.default, [gnorm_vec], norms, [], [step], percentile)
+    return tuple(report[0].unbind())

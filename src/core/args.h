@@ -11,6 +11,7 @@
 typedef unsigned char uint8_t;
 typedef signed char int8_t;
 typedef long long int64_t;
+typedef unsigned long long uint64_t;
 #else
 #include <stdint.h>
 #endif
@@ -162,30 +163,43 @@ struct bnb_derows_args {
     int64_t rows, cols;
 };
 
-/* Which update rule a row of the optimizer table runs. */
-enum bnb_optim_rule { BNB_RULE_ADAM = 0, BNB_RULE_COUNT };
+/* Which update rule a row of the optimizer table runs; how many f32 values of state an element has under it. */
+enum bnb_optim_rule {
+    BNB_RULE_ADAM,
+    BNB_RULE_ADEMAMIX,
+    BNB_RULE_MOMENTUM,
+    BNB_RULE_LION,
+    BNB_RULE_RMSPROP,
+    BNB_RULE_COUNT
+};
+enum { BNB_MAX_STATES = 3 };
 
-/* The scalars of one update of one tensor, each computed in double and rounded once (NUMERICS rule 12). */
+/* The scalars of one update of one tensor, each computed in double and rounded once (NUMERICS rules 12 and 21). */
 struct bnb_optim_scalars {
-    float beta1, one_minus_beta1;
-    float beta2, one_minus_beta2;
-    float step_size; /* adam: -lr c2 / c1                      */
-    float eps;       /* adam: eps c2                           */
-    float decay;     /* 1 - lr wd                              */
+    float beta1, gain1; /* first average: beta1 m + gain1 g            */
+    float beta2, gain2; /* second                                       */
+    float beta3, gain3; /* ademamix: the slow average                   */
+    float mix1, mix2;   /* of ademamix and momentum                     */
+    float step_size, eps;
+    float decay;       /* what p is multiplied with                     */
+    float coupled;     /* weight decay added to the gradient; 0: none   */
     float gnorm_scale;
     int skip_zeros;
 };
 
-/* One tensor of one update; absmax pointers are NULL for 32-bit state. */
+/* One tensor of one update.  state and absmax: m, v, and the slow average; those that the rule has not are NULL, and
+ * absmax is NULL for 32-bit state.  map: of state 0 and 2, and of state 1. */
 struct bnb_optim_args {
     void *p;
     const void *g;
-    void *state1;
-    void *state2;
-    float *absmax1;
-    float *absmax2;
+    void *state[BNB_MAX_STATES];
+    float *absmax[BNB_MAX_STATES];
     int64_t n;
-    struct bnb_map8 map1, map2;
+    int dtype; /* bnb_dtype of p and g */
+    int bits;
+    int stochastic; /* rounding of p: NUMERICS rule 29, with the random key of this tensor and update */
+    uint64_t key;
+    struct bnb_map8 map[2];
     struct bnb_optim_scalars s;
 };
 

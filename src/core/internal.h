@@ -38,6 +38,11 @@ struct bnb_device_ops {
     bnb_status (*dequantize_rows)(const bnb_exec *ex, const struct bnb_derows_args *a, bnb_dtype dtype);
     bnb_status (*optim_step)(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
                              size_t count);
+    bnb_status (*optim_norms)(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
+                              size_t count, double *norms);
+    bnb_status (*gradient_norms)(const bnb_exec *ex, const bnb_gradient *gradients, size_t count, double *norms);
+    bnb_status (*clip_percentile)(const bnb_exec *ex, const bnb_clip_tensor *tensors, size_t count, int percentile,
+                                  const double *norms, float *report);
 };
 
 extern const struct bnb_device_ops bnb_cpu_device;
@@ -60,18 +65,29 @@ struct bnb_map8 bnb_prepare_map(const float *code, float *midpoint);
 /* Steps from start to end, both included, as torch.linspace computes them in f32. */
 float bnb_linspace(float start, float end, int steps, int i);
 
-/* ---- the optimizer table (api_optim.c) */
+/* ---- the optimizer table (optim_table.c) */
 
 struct bnb_optim_row {
     const char *name;
-    int states;              /* 1 or 2                                                    */
-    int is_signed[2];        /* m-type states keep their sign when requantised            */
     enum bnb_optim_rule rule;
+    int states;     /* 1 or 2 tensors; the first of ademamix holds two averages     */
+    bool is_double; /* state1 has two rows                                          */
+    bool decoupled; /* weight decay shrinks p; else it is added to the gradient     */
+    bool no_gain;   /* adagrad: the second average is a sum                         */
 };
-extern const struct bnb_optim_row bnb_optim_rows[];
 const struct bnb_optim_row *bnb_optim_find(const char *name);
 
-/* The scalars of update `step` under `config`. */
-struct bnb_optim_scalars bnb_optim_scalars_of(const bnb_optim_config *config, int64_t step);
+/* The update that a step makes, before the learning rate, is `direction` times what a rule calls u. */
+struct bnb_optim_plan {
+    struct bnb_optim_scalars scalars;
+    double direction;
+};
+
+/* Update `step` under `config` at learning rate `lr`; norms NULL: no trust clipping. */
+struct bnb_optim_plan bnb_optim_plan_of(const struct bnb_optim_row *row, const bnb_optim_config *config, double lr,
+                                        int64_t step, const double norms[2]);
+
+/* The random key of stochastic rounding: of one parameter at one update, and of one block under it. */
+uint64_t bnb_optim_key(uint64_t seed, int64_t step);
 
 #endif

@@ -27,7 +27,7 @@ void bnb_cpu_parallel(const bnb_exec *ex, int64_t n, int64_t grain, bnb_range_fn
 void *bnb_cpu_alloc(const bnb_exec *ex, size_t bytes);
 void bnb_cpu_free(const bnb_exec *ex, void *ptr, size_t bytes);
 
-/* launch_quant.c, launch_scales.c, launch_quantile.c, launch_optim.c: the members of bnb_cpu_device */
+/* launch_quant.c, launch_scales.c, launch_quantile.c, launch_optim.c, launch_norms.c: the members of bnb_cpu_device */
 bnb_status bnb_cpu_quantize8(const bnb_exec *ex, const struct bnb_quant8_args *a, bnb_dtype dtype);
 bnb_status bnb_cpu_dequantize8(const bnb_exec *ex, const struct bnb_dequant8_args *a, bnb_dtype dtype);
 bnb_status bnb_cpu_quantize4(const bnb_exec *ex, const struct bnb_quant4_args *a, bnb_dtype dtype);
@@ -43,5 +43,23 @@ bnb_status bnb_cpu_quantize_rows(const bnb_exec *ex, const struct bnb_rows_args 
 bnb_status bnb_cpu_dequantize_rows(const bnb_exec *ex, const struct bnb_derows_args *a, bnb_dtype dtype);
 bnb_status bnb_cpu_optim_step(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
                               size_t count);
+bnb_status bnb_cpu_optim_norms(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
+                               size_t count, double *norms);
+bnb_status bnb_cpu_gradient_norms(const bnb_exec *ex, const bnb_gradient *gradients, size_t count, double *norms);
+bnb_status bnb_cpu_clip_percentile(const bnb_exec *ex, const bnb_clip_tensor *tensors, size_t count, int percentile,
+                                   const double *norms, float *report);
+
+/* launch_optim.c: what the blocks of a step share, and the arguments of one of its tensors */
+struct bnb_cpu_step {
+    const bnb_optim_config *config;
+    const bnb_optim_tensor *tensors;
+    size_t count;
+    const struct bnb_optim_row *row;
+    struct bnb_map8 map[2];
+    float midpoint[2][256];
+};
+void bnb_cpu_open_step(struct bnb_cpu_step *step, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
+                       size_t count);
+struct bnb_optim_args bnb_cpu_optim_args(const struct bnb_cpu_step *step, size_t i, double *direction);
 
 #endif

@@ -112,4 +112,7 @@ const struct bnb_device_ops bnb_cpu_device = {
     .quantize_rows = bnb_cpu_quantize_rows,
     .dequantize_rows = bnb_cpu_dequantize_rows,
     .optim_step = bnb_cpu_optim_step,
+    .optim_norms = bnb_cpu_optim_norms,
+    .gradient_norms = bnb_cpu_gradient_norms,
+    .clip_percentile = bnb_cpu_clip_percentile,
 };

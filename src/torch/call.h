@@ -97,6 +97,8 @@ void bnb_check_count(struct bnb_call *c, const struct bnb_tensor *t, int64_t n, 
 void bnb_check_blocks(struct bnb_call *c, const struct bnb_tensor *t, int64_t n, int64_t block);
 /* f32, f16 or bf16; `status` is the failure for all others.  Fails softly: BNB_F32 with c->status set. */
 bnb_dtype bnb_check_float(struct bnb_call *c, const char *name, int32_t dtype, bnb_status status);
+/* The same for a tensor, whose label is made only for a failure: BNB_EDTYPE. */
+bnb_dtype bnb_check_float_tensor(struct bnb_call *c, const struct bnb_tensor *t);
 void bnb_check_block(struct bnb_call *c, const char *name, int64_t block);
 /* The product of sizes; 0 on failure (a negative size, overflow). */
 int64_t bnb_check_shape(struct bnb_call *c, const char *name, struct bnb_ints shape);

@@ -38,7 +38,10 @@
     X("_int8_outlier_columns", bnb_op_int8_outlier_columns)                      \
     X("optimizer_update_32bit", bnb_op_optimizer_update_32bit)                   \
     X("optimizer_update_8bit_blockwise", bnb_op_optimizer_update_8bit_blockwise) \
-    X("_optimizer_step", bnb_op_optimizer_step)
+    X("_optimizer_step", bnb_op_optimizer_step)                                  \
+    X("_optimizer_norms", bnb_op_optimizer_norms)                                \
+    X("_gradient_norms", bnb_op_gradient_norms)                                  \
+    X("_percentile_clip", bnb_op_percentile_clip)
 
 #define X(name, function) void function(torch_value *stack, uint64_t inputs, uint64_t outputs);
 BNB_TORCH_OPS(X)

@@ -1,244 +1,46 @@
 /*
- * ops_optim.c - the operators of the optimizers: one parameter (the public names), or a whole group in one call
- *
- * An update works element by element, in the order in which state1 lies in memory, because the blocks of 8-bit state
- * follow that order.  A parameter, gradient or state with other strides is updated through a temporary, so that no
- * stride ever changes; where all agree, the storage is updated directly.
+ * ops_optim.c - the operators of the optimizer classes: all parameters of a group in one call, and gradient clipping
  */
-#include <string.h>
-
-#include "call.h"
 #include "ops.h"
+#include "optim_call.h"
 
-#define COUNT_WHY " (as many as p)"
-
-/* The tensors of one parameter; absmax1, absmax2, state2 may be absent. */
-struct parameter {
-    struct bnb_tensor p, g, state1, state2, absmax1, absmax2;
-    int64_t step;
-};
-
-/* How many states an algorithm has; 0 for a name that is not in the core's table. */
-static int states_of(const char *name)
-{
-    int i = 0;
-    while (bnb_optim_name(i) && strcmp(bnb_optim_name(i), name) != 0)
-        i++;
-    return bnb_optim_states(i);
-}
-
-/* The core alone knows its table: its refusal of the name is the text. */
-static void check_name(struct bnb_call *c, const bnb_optim_config *config)
-{
-    if (!bnb_call_ok(c) || states_of(config->name) != 0)
-        return;
-    c->status = bnb_optim_step(&c->exec, config, NULL, 0);
-    bnb_call_fail(c, BNB_EINVAL, "%s: optimizer_name is \"%s\", which the library does not know", c->op, config->name);
-}
-
-static void check_parameter(struct bnb_call *c, const struct parameter *q, int states)
-{
-    if (!bnb_call_ok(c))
-        return;
-    bnb_check_float(c, bnb_label(&q->p).text, q->p.dtype, BNB_EDTYPE);
-    if (q->g.dtype != q->p.dtype)
-        bnb_call_fail(c, BNB_EDTYPE, "%s: %s has dtype %s, expected %s, the dtype of %s", c->op, bnb_label(&q->g).text,
-                      bnb_dtype_label(q->g.dtype).text, bnb_dtype_label(q->p.dtype).text, bnb_label(&q->p).text);
-    bnb_check_count(c, &q->g, q->p.n, COUNT_WHY);
-    bnb_check_count(c, &q->state1, q->p.n, COUNT_WHY);
-    const bool is8 = q->state1.dtype == bnb_torch_dtypes[BNB_TORCH_uint8];
-    if (!is8)
-        bnb_check_dtype(c, &q->state1, BNB_TORCH_float32);
-    if (is8)
-        bnb_check_dtype(c, &q->absmax1, BNB_TORCH_float32);
-    if (is8)
-        bnb_check_blocks(c, &q->absmax1, q->p.n, BNB_OPTIM_BLOCK);
-    if (states < 2)
-        return;
-    bnb_check_dtype(c, &q->state2, is8 ? BNB_TORCH_uint8 : BNB_TORCH_float32);
-    bnb_check_count(c, &q->state2, q->p.n, COUNT_WHY);
-    if (is8)
-        bnb_check_dtype(c, &q->absmax2, BNB_TORCH_float32);
-    if (is8)
-        bnb_check_blocks(c, &q->absmax2, q->p.n, BNB_OPTIM_BLOCK);
-}
-
-/* Do the elements fill one run of memory, each once?  Dense strides differ from each other, so the dimension that
- * continues the run is found by its stride alone. */
-static bool is_dense(const struct bnb_tensor *t)
-{
-    int64_t run = 1, left = 0;
-    for (int64_t i = 0; i < t->dim; i++)
-        left += t->sizes[i] > 1;
-    for (bool found = true; left && found;) {
-        found = false;
-        for (int64_t i = 0; i < t->dim && !found; i++) {
-            if (t->sizes[i] > 1 && t->strides[i] == run) {
-                run *= t->sizes[i];
-                left--;
-                found = true;
-            }
-        }
-    }
-    return left == 0;
-}
-
-static bool same_shape(const struct bnb_tensor *a, const struct bnb_tensor *b)
-{
-    return a->dim == b->dim && memcmp(a->sizes, b->sizes, (size_t)a->dim * sizeof *a->sizes) == 0;
-}
-
-/* Bring all tensors of a parameter into the order of state1: its strides if it is dense, row-major otherwise. */
-static void stage_parameter(struct bnb_call *c, struct parameter *q, int states)
-{
-    if (!bnb_call_ok(c) || q->p.n == 0)
-        return;
-    const bool by_strides = !q->state1.contiguous && is_dense(&q->state1) && same_shape(&q->p, &q->state1) &&
-                            same_shape(&q->g, &q->state1) && (states < 2 || same_shape(&q->state2, &q->state1));
-    const int64_t *order = by_strides ? q->state1.strides : NULL;
-    bnb_call_stage(c, &q->p, order, BNB_STAGE_READ | BNB_STAGE_WRITE);
-    bnb_call_stage(c, &q->g, order, BNB_STAGE_READ);
-    bnb_call_stage(c, &q->state1, order, BNB_STAGE_READ | BNB_STAGE_WRITE);
-    bnb_call_stage(c, &q->state2, order, BNB_STAGE_READ | BNB_STAGE_WRITE);
-    bnb_call_stage(c, &q->absmax1, NULL, BNB_STAGE_READ | BNB_STAGE_WRITE);
-    bnb_call_stage(c, &q->absmax2, NULL, BNB_STAGE_READ | BNB_STAGE_WRITE);
-}
-
-static bnb_optim_tensor core_tensor(struct bnb_call *c, const struct parameter *q)
-{
-    const bool is8 = q->state1.dtype == bnb_torch_dtypes[BNB_TORCH_uint8];
-    bnb_optim_tensor t = {.n = q->p.n, .step = q->step, .bits = is8 ? 8 : 32};
-    t.dtype = bnb_check_float(c, q->p.name, q->p.dtype, BNB_EDTYPE);
-    t.p = bnb_write(c, &q->p);
-    t.g = bnb_read(c, &q->g);
-    t.state1 = bnb_write(c, &q->state1);
-    t.state2 = q->state2.present ? bnb_write(c, &q->state2) : NULL;
-    t.absmax1 = q->absmax1.present ? bnb_write(c, &q->absmax1) : NULL;
-    t.absmax2 = q->absmax2.present ? bnb_write(c, &q->absmax2) : NULL;
-    return t;
-}
-
-/* A map of 8-bit state, or NULL where there is none. */
-static const float *map_of(struct bnb_call *c, struct bnb_tensor *map)
-{
-    if (!bnb_call_ok(c) || !map->present)
-        return NULL;
-    bnb_check_dtype(c, map, BNB_TORCH_float32);
-    bnb_check_count(c, map, 256, " (an 8-bit map)");
-    bnb_call_stage(c, map, NULL, BNB_STAGE_READ);
-    return bnb_read(c, map);
-}
-
-/* Check all parameters, then stage them, then update them in one call of the core. */
-static void update(struct bnb_call *c, const bnb_optim_config *config, struct parameter *q, size_t count)
-{
-    check_name(c, config);
-    const int states = states_of(config->name);
-    for (size_t i = 0; i < count; i++)
-        check_parameter(c, &q[i], states);
-    for (size_t i = 0; i < count; i++)
-        stage_parameter(c, &q[i], states);
-    bnb_optim_tensor *tensors = bnb_call_alloc(c, count, sizeof *tensors);
-    for (size_t i = 0; i < count && tensors; i++)
-        tensors[i] = core_tensor(c, &q[i]);
-    if (bnb_call_ok(c))
-        c->status = bnb_optim_step(&c->exec, config, tensors, count);
-}
-
-/* A state or statistic that the algorithm needs, but the caller left out; or one that it has no use for. */
-static void check_given(struct bnb_call *c, const struct bnb_tensor *t, bool needed, const char *name)
-{
-    if (bnb_call_ok(c) && t->present != needed)
-        bnb_call_fail(c, BNB_EINVAL, "%s: %s is %s, expected %s for optimizer \"%s\"", c->op, t->name,
-                      t->present ? "a tensor" : "None", needed ? "a tensor" : "None", name);
-}
-
-/* optimizer_update_32bit(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, Tensor(a3!)? state2,
- *     Tensor(a4!)? unorm_vec, float max_unorm, float param_norm, float beta1, float beta2, float beta3, float alpha,
- *     float eps, float weight_decay, int step, float lr, float gnorm_scale, bool skip_zeros=False) -> () */
-void bnb_op_optimizer_update_32bit(torch_value *stack, uint64_t inputs, uint64_t outputs)
-{
-    struct bnb_call c;
-    (void)outputs;
-    bnb_call_begin(&c, "optimizer_update_32bit", stack, inputs, 18);
-    bnb_optim_config config = {.size = sizeof config, .name = bnb_take_string(&c)};
-    struct parameter q = {.g = bnb_take_tensor(&c, "g")};
-    q.p = bnb_take_tensor(&c, "p");
-    q.state1 = bnb_take_tensor(&c, "state1");
-    q.state2 = bnb_take_optional(&c, "state2");
-    bnb_take_optional(&c, "unorm_vec");
-    const double max_unorm = bnb_take_float(&c);
-    bnb_take_float(&c); /* param_norm: of use to trust clipping alone */
-    config.beta1 = bnb_take_float(&c);
-    config.beta2 = bnb_take_float(&c);
-    config.beta3 = bnb_take_float(&c);
-    config.alpha = bnb_take_float(&c);
-    config.eps = bnb_take_float(&c);
-    config.weight_decay = bnb_take_float(&c);
-    q.step = bnb_take_int(&c);
-    config.lr = bnb_take_float(&c);
-    config.gnorm_scale = bnb_take_float(&c);
-    config.skip_zeros = bnb_take_bool(&c);
-
-    check_name(&c, &config);
-    bnb_check_dtype(&c, &q.state1, BNB_TORCH_float32);
-    check_given(&c, &q.state2, states_of(config.name) == 2, config.name);
-    if (!(max_unorm <= 0))
-        bnb_call_fail(&c, BNB_ENOTSUP,
-                      "%s: max_unorm is %g, expected 0: clipping by the norm of the parameter is not "
-                      "available",
-                      c.op, max_unorm);
-    update(&c, &config, &q, 1);
-    bnb_call_end(&c);
-}
-
-/* optimizer_update_8bit_blockwise(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1,
- *     Tensor(a3!)? state2, float beta1, float beta2, float beta3, float alpha, float eps, int step, float lr,
- *     Tensor(a4!) qmap1, Tensor(a5!)? qmap2, Tensor(a6!) absmax1, Tensor(a7!)? absmax2, float weight_decay,
- *     float gnorm_scale, bool skip_zeros=False) -> () */
-void bnb_op_optimizer_update_8bit_blockwise(torch_value *stack, uint64_t inputs, uint64_t outputs)
-{
-    struct bnb_call c;
-    (void)outputs;
-    bnb_call_begin(&c, "optimizer_update_8bit_blockwise", stack, inputs, 19);
-    bnb_optim_config config = {.size = sizeof config, .name = bnb_take_string(&c)};
-    struct parameter q = {.g = bnb_take_tensor(&c, "g")};
-    q.p = bnb_take_tensor(&c, "p");
-    q.state1 = bnb_take_tensor(&c, "state1");
-    q.state2 = bnb_take_optional(&c, "state2");
-    config.beta1 = bnb_take_float(&c);
-    config.beta2 = bnb_take_float(&c);
-    config.beta3 = bnb_take_float(&c);
-    config.alpha = bnb_take_float(&c);
-    config.eps = bnb_take_float(&c);
-    q.step = bnb_take_int(&c);
-    config.lr = bnb_take_float(&c);
-    struct bnb_tensor qmap1 = bnb_take_tensor(&c, "qmap1"), qmap2 = bnb_take_optional(&c, "qmap2");
-    q.absmax1 = bnb_take_tensor(&c, "absmax1");
-    q.absmax2 = bnb_take_optional(&c, "absmax2");
-    config.weight_decay = bnb_take_float(&c);
-    config.gnorm_scale = bnb_take_float(&c);
-    config.skip_zeros = bnb_take_bool(&c);
-
-    check_name(&c, &config);
-    const bool two = states_of(config.name) == 2;
-    bnb_check_dtype(&c, &q.state1, BNB_TORCH_uint8);
-    check_given(&c, &q.state2, two, config.name);
-    check_given(&c, &qmap2, two, config.name);
-    check_given(&c, &q.absmax2, two, config.name);
-    config.qmap1 = map_of(&c, &qmap1);
-    config.qmap2 = map_of(&c, &qmap2);
-    update(&c, &config, &q, 1);
-    bnb_call_end(&c);
-}
-
-/* ---------------------------------------------------------------- a group */
-
-/* The list arguments of _optimizer_step. */
+/* The arguments of _optimizer_step and _optimizer_norms. */
 struct group {
-    struct bnb_tensors p, g, state1, state2, absmax1, absmax2, qmaps;
-    struct bnb_ints step;
+    bnb_optim_config config;
+    struct bnb_tensors p, g, state1, state2, absmax1, absmax2, qmaps, steps, unorm;
+    struct bnb_tensor gnorm_scale, norms, lr_tensor;
+    struct bnb_ints step, seed;
 };
+
+static struct group take_group(struct bnb_call *c)
+{
+    struct group l = {.config = {.size = sizeof l.config, .name = bnb_take_string(c), .gnorm_scale = 1.0}};
+    l.p = bnb_take_tensors(c, "p");
+    l.g = bnb_take_tensors(c, "g");
+    l.state1 = bnb_take_tensors(c, "state1");
+    l.state2 = bnb_take_tensors(c, "state2");
+    l.absmax1 = bnb_take_tensors(c, "absmax1");
+    l.absmax2 = bnb_take_tensors(c, "absmax2");
+    l.qmaps = bnb_take_tensors(c, "qmaps");
+    l.steps = bnb_take_tensors(c, "steps");
+    l.unorm = bnb_take_tensors(c, "unorm");
+    l.gnorm_scale = bnb_take_optional(c, "gnorm_scale");
+    l.norms = bnb_take_optional(c, "norms");
+    l.lr_tensor = bnb_take_optional(c, "lr_tensor");
+    l.step = bnb_take_ints(c);
+    l.seed = bnb_take_ints(c);
+    double *const number[] = {&l.config.lr,           &l.config.beta1,    &l.config.beta2,   &l.config.beta3,
+                              &l.config.alpha,        &l.config.t_alpha,  &l.config.t_beta3, &l.config.eps,
+                              &l.config.weight_decay, &l.config.max_unorm};
+    for (size_t i = 0; i < sizeof number / sizeof number[0]; i++)
+        *number[i] = bnb_take_float(c);
+    l.config.skip_zeros = bnb_take_bool(c);
+    l.config.nesterov = bnb_take_bool(c);
+    l.config.no_bias_correction = !bnb_take_bool(c);
+    l.config.coupled_decay = !bnb_take_bool(c);
+    l.config.stochastic_rounding = bnb_take_bool(c);
+    return l;
+}
 
 static void check_length(struct bnb_call *c, const char *name, size_t count, size_t expected, const char *why)
 {
@@ -246,70 +48,169 @@ static void check_length(struct bnb_call *c, const char *name, size_t count, siz
         bnb_call_fail(c, BNB_EINVAL, "%s: %s has %zu entries, expected %zu (%s)", c->op, name, count, expected, why);
 }
 
-/* Check the lengths of the lists and deal their entries out to the parameters; NULL on failure. */
-static struct parameter *deal(struct bnb_call *c, const struct group *l, int states)
+static void check_lengths(struct bnb_call *c, const struct group *l, int states)
 {
     const size_t count = l->p.count;
-    size_t count8 = 0, next8 = 0;
+    size_t count8 = 0;
     for (size_t i = 0; i < l->state1.count; i++)
         count8 += l->state1.items[i].dtype == bnb_torch_dtypes[BNB_TORCH_uint8];
     check_length(c, "g", l->g.count, count, "one per parameter");
     check_length(c, "state1", l->state1.count, count, "one per parameter");
-    check_length(c, "step", l->step.count, count, "one per parameter");
     check_length(c, "state2", l->state2.count, states == 2 ? count : 0, "one per parameter and second state");
     check_length(c, "absmax1", l->absmax1.count, count8, "one per uint8 state1");
     check_length(c, "absmax2", l->absmax2.count, states == 2 ? count8 : 0, "one per uint8 state2");
     check_length(c, "qmaps", l->qmaps.count, count8 ? (size_t)states : 0, "one per state if any is uint8");
+    check_length(c, "step", l->step.count, l->steps.count ? 0 : count, "one per parameter, or steps");
+    if (l->steps.count)
+        check_length(c, "steps", l->steps.count, count, "one per parameter, or step");
+    if (l->unorm.count)
+        check_length(c, "unorm", l->unorm.count, count, "one per parameter, or none");
+    if (l->seed.count || l->config.stochastic_rounding)
+        check_length(c, "seed", l->seed.count, count, "one per parameter, with stochastic_rounding");
+}
 
-    struct parameter *q = bnb_call_alloc(c, count, sizeof *q);
-    for (size_t i = 0; q && i < count; i++) {
-        q[i] = (struct parameter){
-            .p = l->p.items[i], .g = l->g.items[i], .state1 = l->state1.items[i], .step = l->step.values[i]};
-        const bool is8 = q[i].state1.dtype == bnb_torch_dtypes[BNB_TORCH_uint8];
+/* Deal the entries of the lists out to the parameters; NULL on failure. */
+static struct bnb_parameter *deal(struct bnb_call *c, struct group *l)
+{
+    const size_t count = l->p.count;
+    const int states = bnb_states_of(l->config.name);
+    check_lengths(c, l, states);
+    const float *scale = bnb_read_floats(c, &l->gnorm_scale, (int64_t)count, " (one per parameter)");
+    struct bnb_parameter *q = bnb_call_alloc(c, count, sizeof *q);
+    if (!q || !bnb_call_ok(c))
+        return NULL;
+    size_t next8 = 0;
+    for (size_t i = 0; i < count; i++) {
+        q[i] = (struct bnb_parameter){.p = &l->p.items[i], .g = &l->g.items[i], .state1 = &l->state1.items[i]};
+        const bool is8 = q[i].state1->dtype == bnb_torch_dtypes[BNB_TORCH_uint8];
         if (states == 2)
-            q[i].state2 = l->state2.items[i];
+            q[i].state2 = &l->state2.items[i];
         if (is8)
-            q[i].absmax1 = l->absmax1.items[next8];
+            q[i].absmax1 = &l->absmax1.items[next8];
         if (is8 && states == 2)
-            q[i].absmax2 = l->absmax2.items[next8];
+            q[i].absmax2 = &l->absmax2.items[next8];
         next8 += is8;
+        if (l->steps.count)
+            q[i].step_count = &l->steps.items[i];
+        else
+            q[i].step = l->step.values[i];
+        if (l->unorm.count)
+            q[i].unorm = &l->unorm.items[i];
+        if (l->seed.count)
+            q[i].seed = (uint64_t)l->seed.values[i];
+        q[i].gnorm_scale = scale ? scale + i : NULL;
     }
     return q;
 }
 
+/* What is left of the arguments after deal(): maps, learning rate, norms. */
+static void finish_config(struct bnb_call *c, struct group *l)
+{
+    if (l->qmaps.count > 0)
+        l->config.qmap1 = bnb_read_floats(c, &l->qmaps.items[0], 256, " (an 8-bit map)");
+    if (l->qmaps.count > 1)
+        l->config.qmap2 = bnb_read_floats(c, &l->qmaps.items[1], 256, " (an 8-bit map)");
+    l->config.lr_value = bnb_read_floats(c, &l->lr_tensor, 1, "");
+    if (!l->norms.present || !bnb_call_ok(c))
+        return;
+    bnb_check_dtype(c, &l->norms, BNB_TORCH_float64);
+    bnb_check_count(c, &l->norms, 2 * (int64_t)l->p.count, " (two per parameter)");
+    bnb_call_stage(c, &l->norms, NULL, BNB_STAGE_READ);
+    l->config.norms = bnb_read(c, &l->norms);
+}
+
 /* _optimizer_step(str name, Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1,
- *     Tensor(e!)[] absmax2, Tensor[] qmaps, int[] step, float lr, float beta1, float beta2, float beta3, float alpha,
- *     float eps, float weight_decay, float gnorm_scale, bool skip_zeros) -> () */
+ *     Tensor(e!)[] absmax2, Tensor[] qmaps, Tensor(f!)[] steps, Tensor(h!)[] unorm, Tensor? gnorm_scale, Tensor? norms,
+ *     Tensor? lr_tensor, int[] step, int[] seed, float lr, float beta1, float beta2, float beta3, float alpha,
+ *     float t_alpha, float t_beta3, float eps, float weight_decay, float max_unorm, bool skip_zeros, bool nesterov,
+ *     bool bias_correction, bool adam_w_mode, bool stochastic_rounding) -> () */
 void bnb_op_optimizer_step(torch_value *stack, uint64_t inputs, uint64_t outputs)
 {
     struct bnb_call c;
     (void)outputs;
-    bnb_call_begin(&c, "_optimizer_step", stack, inputs, 18);
-    bnb_optim_config config = {.size = sizeof config, .name = bnb_take_string(&c)};
-    struct group l = {.p = bnb_take_tensors(&c, "p")};
-    l.g = bnb_take_tensors(&c, "g");
-    l.state1 = bnb_take_tensors(&c, "state1");
-    l.state2 = bnb_take_tensors(&c, "state2");
-    l.absmax1 = bnb_take_tensors(&c, "absmax1");
-    l.absmax2 = bnb_take_tensors(&c, "absmax2");
-    l.qmaps = bnb_take_tensors(&c, "qmaps");
-    l.step = bnb_take_ints(&c);
-    config.lr = bnb_take_float(&c);
-    config.beta1 = bnb_take_float(&c);
-    config.beta2 = bnb_take_float(&c);
-    config.beta3 = bnb_take_float(&c);
-    config.alpha = bnb_take_float(&c);
-    config.eps = bnb_take_float(&c);
-    config.weight_decay = bnb_take_float(&c);
-    config.gnorm_scale = bnb_take_float(&c);
-    config.skip_zeros = bnb_take_bool(&c);
+    bnb_call_begin(&c, "_optimizer_step", stack, inputs, 30);
+    struct group l = take_group(&c);
+    bnb_check_optimizer(&c, &l.config);
+    struct bnb_parameter *q = deal(&c, &l);
+    finish_config(&c, &l);
+    bnb_step_parameters(&c, &l.config, q, q ? l.p.count : 0);
+    bnb_call_end(&c);
+}
 
-    check_name(&c, &config);
-    struct parameter *q = deal(&c, &l, states_of(config.name));
-    if (bnb_call_ok(&c) && l.qmaps.count > 0)
-        config.qmap1 = map_of(&c, &l.qmaps.items[0]);
-    if (bnb_call_ok(&c) && l.qmaps.count > 1)
-        config.qmap2 = map_of(&c, &l.qmaps.items[1]);
-    update(&c, &config, q, q ? l.p.count : 0);
+/* _optimizer_norms(the arguments of _optimizer_step) -> Tensor: f64 [count, 2] */
+void bnb_op_optimizer_norms(torch_value *stack, uint64_t inputs, uint64_t outputs)
+{
+    struct bnb_call c;
+    (void)outputs;
+    bnb_call_begin(&c, "_optimizer_norms", stack, inputs, 30);
+    struct group l = take_group(&c);
+    bnb_check_optimizer(&c, &l.config);
+    struct bnb_parameter *q = deal(&c, &l);
+    finish_config(&c, &l);
+    const bnb_optim_tensor *tensors = bnb_open_parameters(&c, &l.config, q, q ? l.p.count : 0);
+    const struct bnb_tensor norms = bnb_measure_parameters(&c, &l.config, tensors, q ? l.p.count : 0);
+    bnb_give(&c, &norms);
+    bnb_call_end(&c);
+}
+
+/* _gradient_norms(Tensor[] g) -> Tensor: f64 [count], sums of squares */
+void bnb_op_gradient_norms(torch_value *stack, uint64_t inputs, uint64_t outputs)
+{
+    struct bnb_call c;
+    (void)outputs;
+    bnb_call_begin(&c, "_gradient_norms", stack, inputs, 1);
+    struct bnb_tensors g = bnb_take_tensors(&c, "g");
+    bnb_gradient *gradients = bnb_call_alloc(&c, g.count, sizeof *gradients);
+    for (size_t i = 0; gradients && i < g.count && bnb_call_ok(&c); i++) {
+        gradients[i].n = g.items[i].n;
+        gradients[i].dtype = bnb_check_float_tensor(&c, &g.items[i]);
+        bnb_call_stage(&c, &g.items[i], NULL, BNB_STAGE_READ);
+        gradients[i].g = bnb_read(&c, &g.items[i]);
+    }
+    const int64_t shape = (int64_t)g.count;
+    const struct bnb_tensor norms =
+        bnb_new_tensor(&c, "norms", (struct bnb_ints){&shape, 1}, bnb_torch_dtypes[BNB_TORCH_float64]);
+    double *values = bnb_call_ok(&c) && g.count ? bnb_write(&c, &norms) : NULL;
+    if (bnb_call_ok(&c))
+        c.status = bnb_gradient_norms(&c.exec, gradients, g.count, values);
+    bnb_give(&c, &norms);
+    bnb_call_end(&c);
+}
+
+/* _percentile_clip(Tensor(a!)[] gnorm_vec, Tensor norms, Tensor[] steps, int[] step, int percentile) -> Tensor:
+ *     f32 [count, 3], the norm, its limit and the scale of each gradient */
+void bnb_op_percentile_clip(torch_value *stack, uint64_t inputs, uint64_t outputs)
+{
+    struct bnb_call c;
+    (void)outputs;
+    bnb_call_begin(&c, "_percentile_clip", stack, inputs, 5);
+    struct bnb_tensors history = bnb_take_tensors(&c, "gnorm_vec");
+    struct bnb_tensor norms = bnb_take_tensor(&c, "norms");
+    struct bnb_tensors steps = bnb_take_tensors(&c, "steps");
+    const struct bnb_ints step = bnb_take_ints(&c);
+    const int64_t percentile = bnb_take_int(&c), count = (int64_t)history.count;
+    check_length(&c, "step", steps.count + step.count, history.count, "one per history, with steps");
+    bnb_check_dtype(&c, &norms, BNB_TORCH_float64);
+    bnb_check_count(&c, &norms, count, " (one per history)");
+    bnb_call_stage(&c, &norms, NULL, BNB_STAGE_READ);
+    bnb_clip_tensor *tensors = bnb_call_alloc(&c, history.count, sizeof *tensors);
+    for (size_t i = 0; tensors && i < history.count && bnb_call_ok(&c); i++) {
+        struct bnb_tensor *h = &history.items[i];
+        bnb_check_dtype(&c, h, BNB_TORCH_float32);
+        bnb_check_count(&c, h, 100, " (a history)");
+        bnb_call_stage(&c, h, NULL, BNB_STAGE_READ | BNB_STAGE_WRITE);
+        tensors[i].history = bnb_write(&c, h);
+        tensors[i].step = step.count ? step.values[i] : 0;
+        tensors[i].step_count = steps.count ? bnb_write(&c, &steps.items[i]) : NULL;
+    }
+    const int64_t shape[2] = {count, 3};
+    const struct bnb_tensor report =
+        bnb_new_tensor(&c, "report", (struct bnb_ints){shape, 2}, bnb_torch_dtypes[BNB_TORCH_float32]);
+    float *values = bnb_call_ok(&c) && count ? bnb_write(&c, &report) : NULL;
+    if (bnb_call_ok(&c)) {
+        const int rank = percentile < 0 || percentile > 100 ? -1 : (int)percentile;
+        c.status = bnb_clip_percentile(&c.exec, tensors, history.count, rank, bnb_read(&c, &norms), values);
+    }
+    bnb_give(&c, &report);
     bnb_call_end(&c);
 }

@@ -7,19 +7,6 @@
 
 #define MAP_WHY " (an 8-bit map)"
 
-bnb_dtype bnb_check_float_tensor(struct bnb_call *c, const struct bnb_tensor *t)
-{
-    if (!bnb_call_ok(c) || t->dtype == bnb_torch_dtypes[BNB_TORCH_float32])
-        return BNB_F32;
-    if (t->dtype == bnb_torch_dtypes[BNB_TORCH_float16])
-        return BNB_F16;
-    if (t->dtype == bnb_torch_dtypes[BNB_TORCH_bfloat16])
-        return BNB_BF16;
-    bnb_call_fail(c, BNB_EDTYPE, "%s: %s has dtype %s, expected float32, float16 or bfloat16", c->op, bnb_label(t).text,
-                  bnb_dtype_label(t->dtype).text);
-    return BNB_F32;
-}
-
 void bnb_check_map_tensor(struct bnb_call *c, struct bnb_tensor *code)
 {
     bnb_check_dtype(c, code, BNB_TORCH_float32);

@@ -17,9 +17,6 @@ struct bnb_scale_tensors {
 /* The shape of a vector. */
 static inline struct bnb_ints bnb_one_size(const int64_t *n) { return (struct bnb_ints){n, 1}; }
 
-/* f32, f16 or bf16, or a refusal that names the argument. */
-bnb_dtype bnb_check_float_tensor(struct bnb_call *c, const struct bnb_tensor *t);
-
 /* A [256] f32 map; made row-major. */
 void bnb_check_map_tensor(struct bnb_call *c, struct bnb_tensor *code);
 

@@ -1,33 +1,52 @@
 /*
- * optim_reference.h - one optimizer step by definition: NUMERICS rules 12 and 20 to 25, element by element
+ * optim_reference.h - one optimizer step by definition: NUMERICS rules 12 and 20 to 29, element by element
  *
- * f32 arithmetic in the order of the rules gives bits; the same step in double says how near they are to the formula.
+ * f32 arithmetic in the order of the rules gives bits; the same step in double, by the formulas of the papers, says how
+ * near they are.  A step is described as to the library; pointers to numbers (step_count, ...) are not looked at.
  */
 #ifndef BNB_TESTS_OPTIM_REFERENCE_H
 #define BNB_TESTS_OPTIM_REFERENCE_H
 
 #include "support.h"
 
-enum { STATE_BLOCK = 256 };
+enum { STATE_BLOCK = 256, AVERAGES = 3, REFERENCE_ROWS = 8 };
+enum reference_rule { ADAM, ADEMAMIX, MOMENTUM, LION, RMSPROP, ADAGRAD };
 
-struct hyper {
-    double lr, beta1, beta2, eps, weight_decay, gnorm_scale;
-    bool skip_zeros;
-    int64_t step;
-    const float *map1, *map2; /* of 8-bit state */
+struct reference_row {
+    const char *name;
+    enum reference_rule rule;
+    int states;   /* tensors of state                                     */
+    int averages; /* f32 values of state per element; ademamix: m1, m2, v */
+    bool decoupled;
 };
+extern const struct reference_row reference_rows[REFERENCE_ROWS];
+const struct reference_row *reference_find(const char *name); /* aborts for a foreign name */
 
-/* One element: p as f32 before its rounding. */
-struct element { float p, m, v; };
+/* One element: p as f32 before its rounding, averages in the order m (or the only one), v, slow m; the direction u. */
+struct element { float p, u, s[AVERAGES]; };
 
-/* Rules 20 and 21. */
-struct element reference_adam(const struct hyper *h, float gradient, struct element old);
+/* Rules 20, 21 and 28: norms are {U, P} of the tensor, or NULL. */
+struct element reference_update(const bnb_optim_config *c, int64_t step, const double *norms, float gradient,
+                                struct element old);
 
-/* The new p by the formula alone, in double. */
-double exact_adam_p(const struct hyper *h, double gradient, double p, double m, double v);
+/* The new p and averages by the formula alone, in double.  Update `step`, without trust clipping. */
+struct exact { double p, s[AVERAGES]; };
+struct exact exact_update(const bnb_optim_config *c, int64_t step, double gradient, struct exact old);
 
-/* A whole tensor, in place. */
-void reference_step32(const struct hyper *h, bnb_dtype dtype, int64_t n, void *p, const void *g, float *m, float *v);
-void reference_step8(const struct hyper *h, bnb_dtype dtype, bnb_optim_tensor *t);
+/* The schedules of ademamix at update t. */
+double reference_alpha(const bnb_optim_config *c, int64_t t);
+double reference_beta3(const bnb_optim_config *c, int64_t t);
+
+/* Rule 28: how much of a step is made. */
+double reference_trust(const bnb_optim_config *c, const double norms[2]);
+
+/* Rule 29: 16 bits for x, element i of a parameter at update t. */
+uint16_t reference_random(float x, bnb_dtype dtype, uint64_t seed, int64_t t, int64_t i);
+
+/* A whole tensor, in place: update t->step, c->norms being those of this tensor. */
+void reference_step(const bnb_optim_config *c, const bnb_optim_tensor *t);
+
+/* Sums of squares {U, P} of the update that would be made. */
+void reference_norms(const bnb_optim_config *c, const bnb_optim_tensor *t, long double sums[2]);
 
 #endif

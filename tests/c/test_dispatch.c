@@ -17,7 +17,7 @@ static bool complete(const struct bnb_cpu_ops *ops)
         if (!ops->widen[d] || !ops->quant_rows[d] || !ops->dequant_rows[d])
             return false;
         for (int rule = 0; rule < BNB_RULE_COUNT; rule++)
-            if (!ops->optim8[rule][d] || !ops->optim32[rule][d])
+            if (!ops->optim8[rule] || !ops->optim32[rule] || !ops->optim_norms[rule])
                 return false;
     }
     if (!ops->gemm4_dot || !ops->gemm4_axpy || !ops->pack_pairs || !ops->gemv4 || !ops->pack8 || !ops->gemm8_dot ||

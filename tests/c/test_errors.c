@@ -1,5 +1,6 @@
 /*
- * test_errors.c - bad arguments of every public function: status, a detail with argument and value, nothing written
+ * test_errors.c - bad arguments of the functions of quantisation: status, a detail with argument and value, nothing
+ * written
  *
  * A row sets one argument of an otherwise good call.
  */
@@ -10,7 +11,7 @@
 #include "check.h"
 #include "support.h"
 
-enum function { QUANT8, DEQUANT8, QUANT4, DEQUANT4, QUANT_SCALES, DEQUANT_SCALES, QUANTILES, OPTIM, FUNCTIONS };
+enum function { QUANT8, DEQUANT8, QUANT4, DEQUANT4, QUANT_SCALES, DEQUANT_SCALES, QUANTILES, FUNCTIONS };
 struct call { /* every argument of every function */
     bnb_exec ex;
     int64_t n, block;
@@ -24,14 +25,11 @@ struct call { /* every argument of every function */
     float *absmax, *offset_out;
     void *out;
     bnb_scales scales;
-    bool no_scales, no_config;
-    bnb_optim_config config;
-    bnb_optim_tensor tensor;
-    bnb_optim_tensor *tensors;
+    bool no_scales;
 };
 
 /* Where an argument lies within a call, and as what. */
-enum kind { POINTER, BOOLEAN, INT, INT64, SIZE, DOUBLE, TEXT };
+enum kind { POINTER, BOOLEAN, INT, INT64, SIZE, DOUBLE };
 struct argument {
     enum kind kind;
     size_t place;
@@ -46,14 +44,7 @@ struct row {
     const char *name, *shown; /* both must be in the detail */
 };
 
-/* The last tensor of a step is the bad one: the good ones before it must not be touched either. */
-static bnb_status run_optim(const struct call *c, bnb_optim_tensor tensors[3])
-{
-    tensors[2] = c->tensor;
-    return bnb_optim_step(&c->ex, c->no_config ? NULL : &c->config, c->tensors ? tensors : NULL, 3);
-}
-
-static bnb_status run(enum function f, const struct call *c, bnb_optim_tensor tensors[3])
+static bnb_status run(enum function f, const struct call *c)
 {
     const bnb_scales *s = c->no_scales ? NULL : &c->scales;
     switch (f) {
@@ -69,21 +60,18 @@ static bnb_status run(enum function f, const struct call *c, bnb_optim_tensor te
         return bnb_quantize_scales(&c->ex, c->x, c->n, c->block, c->code, c->codes, c->absmax, c->offset_out);
     case DEQUANT_SCALES:
         return bnb_dequantize_scales(&c->ex, s, c->n, c->out);
-    case QUANTILES:
-        return bnb_estimate_quantiles(&c->ex, c->x, c->dtype, c->n, c->offset, c->count, c->out);
     default:
-        return run_optim(c, tensors);
+        return bnb_estimate_quantiles(&c->ex, c->x, c->dtype, c->n, c->offset, c->count, c->out);
     }
 }
 
-/* Pointers become NULL, flags true, the text a name that no optimizer has (0: NULL). */
+/* Pointers become NULL, flags true. */
 static void set(struct call *c, struct argument a, double v)
 {
     void *place = (char *)c + a.place;
     const int64_t l = isfinite(v) ? (int64_t)v : 0;
     const int i = (int)l; /* enums too: int is their type */
     const size_t size = (size_t)l;
-    const char *text = v != 0.0 ? "adamant" : NULL;
     const bool flag = true;
     const void *null = NULL;
     const struct {
@@ -92,7 +80,6 @@ static void set(struct call *c, struct argument a, double v)
     } as[] = {
         [POINTER] = {&null, sizeof null}, [BOOLEAN] = {&flag, sizeof flag}, [INT] = {&i, sizeof i},
         [INT64] = {&l, sizeof l},         [SIZE] = {&size, sizeof size},    [DOUBLE] = {&v, sizeof v},
-        [TEXT] = {&text, sizeof text},
     };
     memcpy(place, as[a.kind].value, as[a.kind].bytes);
 }
@@ -172,47 +159,15 @@ static const struct row rows[] = {
     {QUANTILES, AT(DOUBLE, offset), (double)NAN, BNB_EINVAL, "offset", "nan"},
     {QUANTILES, AT(POINTER, x), 0, BNB_EINVAL, "x", "NULL"},
     {QUANTILES, AT(POINTER, out), 0, BNB_EINVAL, "out", "NULL"},
-    {OPTIM, AT(INT, ex.device), 1, BNB_EDEVICE, "CUDA", ""},
-    {OPTIM, AT(BOOLEAN, no_config), 0, BNB_EINVAL, "config", "NULL"},
-    {OPTIM, AT(SIZE, config.size), 16, BNB_EINVAL, "size", "16"},
-    {OPTIM, AT(TEXT, config.name), 0, BNB_EINVAL, "name", "NULL"},
-    {OPTIM, AT(TEXT, config.name), 1, BNB_EINVAL, "name", "adamant"},
-    {OPTIM, AT(DOUBLE, config.lr), -0.5, BNB_EINVAL, "lr", "-0.5"},
-    {OPTIM, AT(DOUBLE, config.lr), (double)NAN, BNB_EINVAL, "lr", "nan"},
-    {OPTIM, AT(DOUBLE, config.lr), (double)INFINITY, BNB_EINVAL, "lr", "inf"},
-    {OPTIM, AT(DOUBLE, config.beta1), 1.0, BNB_EINVAL, "beta1", "1"},
-    {OPTIM, AT(DOUBLE, config.beta1), -0.25, BNB_EINVAL, "beta1", "-0.25"},
-    {OPTIM, AT(DOUBLE, config.beta2), 1.5, BNB_EINVAL, "beta2", "1.5"},
-    {OPTIM, AT(DOUBLE, config.beta2), (double)NAN, BNB_EINVAL, "beta2", "nan"},
-    {OPTIM, AT(DOUBLE, config.beta3), -1.0, BNB_EINVAL, "beta3", "-1"},
-    {OPTIM, AT(DOUBLE, config.alpha), -2.0, BNB_EINVAL, "alpha", "-2"},
-    {OPTIM, AT(DOUBLE, config.eps), -1e-8, BNB_EINVAL, "eps", "-1e-08"},
-    {OPTIM, AT(DOUBLE, config.eps), (double)NAN, BNB_EINVAL, "eps", "nan"},
-    {OPTIM, AT(DOUBLE, config.weight_decay), -0.01, BNB_EINVAL, "weight_decay", "-0.01"},
-    {OPTIM, AT(DOUBLE, config.gnorm_scale), (double)NAN, BNB_EINVAL, "gnorm_scale", "nan"},
-    {OPTIM, AT(DOUBLE, config.gnorm_scale), (double)INFINITY, BNB_EINVAL, "gnorm_scale", "inf"},
-    {OPTIM, AT(POINTER, config.qmap1), 0, BNB_EINVAL, "qmap1", "NULL"},
-    {OPTIM, AT(POINTER, config.qmap2), 0, BNB_EINVAL, "qmap2", "NULL"},
-    {OPTIM, AT(POINTER, tensors), 0, BNB_EINVAL, "tensors", "NULL"},
-    {OPTIM, AT(INT64, tensor.n), -1, BNB_EINVAL, "tensors[2].n", "-1"},
-    {OPTIM, AT(INT, tensor.dtype), 3, BNB_EDTYPE, "tensors[2].dtype", "3"},
-    {OPTIM, AT(INT, tensor.bits), 16, BNB_EINVAL, "tensors[2].bits", "16"},
-    {OPTIM, AT(INT, tensor.bits), 0, BNB_EINVAL, "tensors[2].bits", "0"},
-    {OPTIM, AT(INT64, tensor.step), 0, BNB_EINVAL, "tensors[2].step", "0"},
-    {OPTIM, AT(POINTER, tensor.p), 0, BNB_EINVAL, "tensors[2].p", "NULL"},
-    {OPTIM, AT(POINTER, tensor.state1), 0, BNB_EINVAL, "tensors[2].state1", "NULL"},
-    {OPTIM, AT(POINTER, tensor.state2), 0, BNB_EINVAL, "tensors[2].state2", "NULL"},
-    {OPTIM, AT(POINTER, tensor.absmax1), 0, BNB_EINVAL, "tensors[2].absmax1", "NULL"},
-    {OPTIM, AT(POINTER, tensor.absmax2), 0, BNB_EINVAL, "tensors[2].absmax2", "NULL"},
 };
 
-enum { BUFFERS = 8, N_GOOD = 500 };
+enum { BUFFERS = 4, N_GOOD = 500 };
 
-static float map1[256], map2[256], input[N_GOOD];
+static float map1[256], input[N_GOOD];
 static uint8_t nested_absmax[N_GOOD];
 
 /* A good call of every function, writing to `out` alone. */
-static struct call good_call(const struct guarded out[BUFFERS], bnb_optim_tensor tensors[3])
+static struct call good_call(const struct guarded out[BUFFERS])
 {
     static const float absmax2[N_GOOD] = {1.0f}, offset = 0.0f;
     struct call c = {
@@ -230,31 +185,17 @@ static struct call good_call(const struct guarded out[BUFFERS], bnb_optim_tensor
         .offset_out = out[2].data,
         .out = out[3].data,
         .scales = {nested_absmax, map1, absmax2, &offset, 256},
-        .config = {.size = sizeof(bnb_optim_config),
-                   .name = "adam",
-                   .lr = 0.1,
-                   .beta1 = 0.9,
-                   .beta2 = 0.999,
-                   .eps = 1e-8,
-                   .gnorm_scale = 1.0,
-                   .qmap1 = map1,
-                   .qmap2 = map2},
-        .tensor = {out[3].data, input, out[4].data, out[5].data, out[6].data, out[7].data, N_GOOD, 1, BNB_F32, 8},
-        .tensors = tensors,
     };
-    tensors[0] = tensors[1] = c.tensor;
-    tensors[1].bits = 32;
     return c;
 }
 
 static void check_row(size_t i, const struct row *r, const struct guarded out[BUFFERS])
 {
-    bnb_optim_tensor tensors[3];
-    struct call c = good_call(out, tensors);
+    struct call c = good_call(out);
     set(&c, r->argument, r->value);
     for (int k = 0; k < BUFFERS; k++)
         guarded_reset(&out[k]);
-    const bnb_status status = run(r->function, &c, tensors);
+    const bnb_status status = run(r->function, &c);
     CHECK(status == r->status && bnb_last_status() == status, "row %zu: status %d, expected %d", i, (int)status,
           (int)r->status);
     CHECK(strstr(bnb_detail(), r->name) && strstr(bnb_detail(), r->shown), "row %zu: '%s' lacks '%s' or '%s'", i,
@@ -267,19 +208,12 @@ static void check_row(size_t i, const struct row *r, const struct guarded out[BU
 static void good_calls(const struct guarded out[BUFFERS])
 {
     for (int f = 0; f < FUNCTIONS; f++) {
-        bnb_optim_tensor tensors[3];
-        struct call c = good_call(out, tensors);
+        struct call c = good_call(out);
         for (int k = 0; k < BUFFERS; k++)
             guarded_reset(&out[k]);
-        memset(out[4].data, 0, out[4].bytes);
-        memset(out[5].data, 0, out[5].bytes);
-        memset(out[6].data, 0, out[6].bytes);
-        memset(out[7].data, 0, out[7].bytes);
-        if (f == OPTIM)
-            memcpy(out[3].data, input, sizeof input);
         if (f == DEQUANT8 || f == DEQUANT4)
             memset(out[0].data, 3, out[0].bytes);
-        CHECK(run((enum function)f, &c, tensors) == BNB_OK, "function %d: %s", f, bnb_detail());
+        CHECK(run((enum function)f, &c) == BNB_OK, "function %d: %s", f, bnb_detail());
     }
     CHECK(!bnb_quantize8(NULL, NULL, BNB_F32, 0, 64, NULL, NULL, NULL), "%s", bnb_detail());
     CHECK(!bnb_dequantize8(NULL, NULL, 0, 64, NULL, NULL, NULL, BNB_F32), "%s", bnb_detail());
@@ -294,7 +228,6 @@ int main(void)
     for (int k = 0; k < BUFFERS; k++)
         out[k] = guarded_make(N_GOOD * 4, 0);
     bnb_create_dynamic_map(true, 7, 8, map1);
-    bnb_create_dynamic_map(false, 7, 8, map2);
     fill_values(input, BNB_F32, N_GOOD, FILL_BELL, 1);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
         check_row(i, &rows[i], out);

@@ -14,11 +14,26 @@ enum { N = 300007, BLOCK = 64, SCALES = (N + BLOCK - 1) / BLOCK };
 struct buffers { /* everything the operations below write */
     uint8_t codes8[N], codes4[(N + 1) / 2], codes_of_scales[N], state1[N], state2[N];
     float absmax8[SCALES], absmax4[SCALES], absmax2[N / 256 + 1], offset, scales[N];
+    double update_norms[2], gradient_norm;
     float decoded8[N], quantiles[256], p[N], absmax_m[N / 256 + 1], absmax_v[N / 256 + 1], p32[N], m[N], v[N];
     uint16_t decoded4[N];
 };
 
 static float signed_map[256], unsigned_map[256];
+
+/* 8-bit state for n parameters from the first, which opens a block. */
+static bnb_optim_tensor part_of(struct buffers *b, const float *g, int64_t first, int64_t n)
+{
+    return (bnb_optim_tensor){.p = b->p + first,
+                              .g = g,
+                              .state1 = b->state1 + first,
+                              .state2 = b->state2 + first,
+                              .absmax1 = b->absmax_m + first / 256,
+                              .absmax2 = b->absmax_v + first / 256,
+                              .n = n,
+                              .dtype = BNB_F32,
+                              .bits = 8};
+}
 
 static void optimize(const bnb_exec *ex, const float *x, struct buffers *b)
 {
@@ -35,12 +50,14 @@ static void optimize(const bnb_exec *ex, const float *x, struct buffers *b)
                                      .qmap2 = unsigned_map};
     for (int step = 1; step <= 2; step++) {
         bnb_optim_tensor tensor[4] = {
-            {b->p, x, b->state1, b->state2, b->absmax_m, b->absmax_v, 100001, step, BNB_F32, 8},
-            {b->p32, x, b->m, b->v, NULL, NULL, N, step, BNB_F32, 32},
+            part_of(b, x, 0, 100001),
+            {.p = b->p32, .g = x, .state1 = b->m, .state2 = b->v, .n = N, .dtype = BNB_F32, .bits = 32},
             {0},
-            {b->p + 100352, x + 7, b->state1 + 100352, b->state2 + 100352, b->absmax_m + 392, b->absmax_v + 392,
-             N - 100352, step, BNB_F32, 8},
+            part_of(b, x + 7, 100352, N - 100352),
         };
+        for (int i = 0; i < 4; i++)
+            tensor[i].step = step;
+        CHECK(bnb_optim_norms(ex, &config, &tensor[1], 1, b->update_norms) == BNB_OK, "%s", bnb_detail());
         CHECK(bnb_optim_step(ex, &config, tensor, 4) == BNB_OK, "%s", bnb_detail());
     }
 }
@@ -58,6 +75,7 @@ static void run_all(const bnb_exec *ex, const float *x, struct buffers *b)
     CHECK(!bnb_dequantize_scales(ex, &nested, N, b->scales), "%s", bnb_detail());
     CHECK(!bnb_dequantize4(ex, b->codes4, N, BLOCK, BNB_NF4, &nested, b->decoded4, BNB_BF16), "%s", bnb_detail());
     CHECK(!bnb_estimate_quantiles(ex, x, BNB_F32, N, 1.0 / 512, 256, b->quantiles), "%s", bnb_detail());
+    CHECK(!bnb_gradient_norms(ex, &(bnb_gradient){x, N, BNB_F32}, 1, &b->gradient_norm), "%s", bnb_detail());
     optimize(ex, x, b);
 }
 
@@ -118,7 +136,8 @@ static void workspace_is_returned(const float *x)
         abort();
     run_all(&ex, x, b);
     CHECK(m.bytes == m.freed, "%zu bytes taken, %zu returned", m.bytes, m.freed);
-    CHECK(m.calls == 2, "%zu allocations: only nested statistics and quantiles take workspace, once each", m.calls);
+    CHECK(m.calls == 5, "%zu allocations: nested statistics, quantiles and three norms take workspace, once each",
+          m.calls);
     free(b);
 }
 
@@ -134,10 +153,20 @@ static void out_of_memory(const float *x)
     CHECK(bnb_estimate_quantiles(&ex, x, BNB_F32, N, 0.0, 256, quantiles.data) == BNB_ENOMEM,
           "estimate_quantiles without memory: %s", bnb_strerror(bnb_last_status()));
     CHECK(strstr(bnb_detail(), "estimate_quantiles"), "detail is '%s'", bnb_detail());
+    double norms[2] = {-1.0, -1.0};
+    const bnb_optim_config config = {.size = sizeof config, .name = "lion", .gnorm_scale = 1.0};
+    float p[4] = {0}, state[4] = {0};
+    const bnb_optim_tensor tensor = {.p = p, .g = x, .state1 = state, .n = 4, .step = 1, .dtype = BNB_F32, .bits = 32};
+    CHECK(bnb_gradient_norms(&ex, &(bnb_gradient){x, N, BNB_F32}, 1, norms) == BNB_ENOMEM, "gradient_norms: %s",
+          bnb_strerror(bnb_last_status()));
+    CHECK(bnb_optim_norms(&ex, &config, &tensor, 1, norms) == BNB_ENOMEM, "optim_norms: %s",
+          bnb_strerror(bnb_last_status()));
+    CHECK(strstr(bnb_detail(), "norms") && norms[0] == -1.0 && norms[1] == -1.0, "norms were written, or '%s'",
+          bnb_detail());
     CHECK(guarded_untouched(&codes) && guarded_untouched(&absmax2) && guarded_untouched(&offset) &&
               guarded_untouched(&quantiles),
           "an output was written");
-    CHECK(refused == 2, "%d allocations were tried", refused);
+    CHECK(refused == 4, "%d allocations were tried", refused);
     guarded_free(&codes);
     guarded_free(&absmax2);
     guarded_free(&offset);

@@ -98,26 +98,9 @@ class Bench:
             "qmaps": [self.m1, self.m2],
             "step": [1],
         } | change
-        OPS._optimizer_step(
-            "adam",
-            a["p"],
-            a["g"],
-            a["state1"],
-            a["state2"],
-            a["absmax1"],
-            a["absmax2"],
-            a["qmaps"],
-            a["step"],
-            1e-3,
-            0.9,
-            0.999,
-            0.0,
-            0.0,
-            1e-8,
-            0.0,
-            1.0,
-            False,
-        )
+        lists = [a[name] for name in ("p", "g", "state1", "state2", "absmax1", "absmax2", "qmaps")]
+        scalars = (1e-3, 0.9, 0.999, 0.0, 0.0, 0.0, 0.0, 1e-8, 0.0, 0.0, False, False, True, True, False)
+        OPS._optimizer_step("adam", *lists, [], [], None, None, None, a["step"], [], *scalars)
 
     def decode4(self, **change):
         a = {
@@ -290,9 +273,9 @@ CASES = {
     "adam32 state2 missing": (lambda b: b.adam32(state2=None), ValueError, ["state2"]),
     "adam32 g shape": (lambda b: b.adam32(g=torch.cat([b.g, b.g])), ValueError, ["g", "2000", "1000"]),
     "adam32 trust ratio": (
-        lambda b: b.adam32(max_unorm=1.0, unorm_vec=torch.zeros(1)),
-        NotImplementedError,
-        ["max_unorm", "1"],
+        lambda b: b.adam32(max_unorm=-1.0, unorm_vec=torch.zeros(1)),
+        ValueError,
+        ["max_unorm", "-1"],
     ),
     "multi: one g too few": (lambda b: b.multi(g=[]), REFUSED, ["g", "0", "1"]),
     "multi: a second p is bad": (

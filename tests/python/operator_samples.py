@@ -77,14 +77,44 @@ def update_8bit(kind, dtype=torch.float32):
     return ("adam", g, p, state1, state2, *scalars, SIGNED, UNSIGNED, absmax1, absmax2, 0.1, 1.0, False)
 
 
-def group_step(parameters, steps=None, name="adam"):
-    """Arguments of _optimizer_step for a list of parameter(...) results."""
+def group_step(parameters, steps=None, name="adam", max_unorm=0.0, **options):
+    """Arguments of _optimizer_step and _optimizer_norms for a list of parameter(...) results.
+
+    options: counters (tensors that count the steps), unorm, gnorm_scale, norms, lr_tensor, seed, stochastic_rounding
+    """
     p, g, state1, state2, absmax1, absmax2 = (list(column) for column in zip(*parameters, strict=True))
     eight = [i for i, s in enumerate(state1) if s.dtype == torch.uint8]
     absmax1, absmax2 = [absmax1[i] for i in eight], [absmax2[i] for i in eight]
     qmaps = [SIGNED, UNSIGNED] if eight else []
-    scalars = (1e-2, 0.9, 0.999, 0.0, 0.0, 1e-8, 0.1, 1.0, False)
-    return (name, p, g, state1, state2, absmax1, absmax2, qmaps, steps or [1] * len(p), *scalars)
+    lists = (p, g, state1, state2, absmax1, absmax2, qmaps, options.get("counters", []), options.get("unorm", []))
+    optional = (options.get(key) for key in ("gnorm_scale", "norms", "lr_tensor"))
+    counts = ([] if "counters" in options else steps or [1] * len(p), options.get("seed", []))
+    scalars = (1e-2, 0.9, 0.999, 0.0, 0.0, 0.0, 0.0, 1e-8, 0.1, max_unorm, False, False, True, True)
+    return (name, *lists, *optional, *counts, *scalars, options.get("stochastic_rounding", False))
+
+
+def _group_of_three(kind, dtype=torch.float32):
+    return [parameter(kind, 8, dtype), parameter(kind, 32, dtype), parameter("plain", 8, dtype)]
+
+
+def _all_options(kind):
+    """A step that uses every argument: counters and learning rate as tensors, norms given, noise, a factor each."""
+    return group_step(
+        _group_of_three(kind, torch.bfloat16),
+        max_unorm=0.5,
+        counters=[torch.tensor(float(i)) for i in range(3)],
+        unorm=[torch.zeros(1) for _ in range(3)],
+        gnorm_scale=torch.tensor([1.0, 0.5, 2.0]),
+        norms=torch.ones(3, 2, dtype=torch.float64),
+        lr_tensor=torch.tensor(1e-2),
+        seed=[1, 2, 3],
+        stochastic_rounding=True,
+    )
+
+
+def _clip(_):
+    histories, steps = [torch.ones(100), torch.zeros(100)], [torch.tensor(4.0), torch.tensor(0.0)]
+    return histories, torch.tensor([9.0, 4.0], dtype=torch.float64), steps, [], 5
 
 
 def _quantize_4bit(kind, quant_type, storage, dtype=torch.float32):
@@ -129,12 +159,16 @@ def _samples():
             "_dequantize_scales": lambda k=kind: (*nested_scales(k), 4),
             "optimizer_update_32bit": lambda k=kind: update_32bit(k),
             "optimizer_update_8bit_blockwise": lambda k=kind: update_8bit(k),
-            "_optimizer_step": lambda k=kind: group_step([parameter(k, 8), parameter(k, 32), parameter("plain", 8)]),
+            "_optimizer_step": lambda k=kind: group_step(_group_of_three(k)),
+            "_optimizer_norms": lambda k=kind: group_step(_group_of_three(k), max_unorm=1.0),
+            "_gradient_norms": lambda k=kind: ([values(k), values("plain", torch.bfloat16)],),
+            "_percentile_clip": lambda k=kind: _clip(k),
         }
         if kind != "empty":
             both["_estimate_quantiles"] = lambda k=kind: (values(k), 1 / 512, 256)
         for name, make in both.items():
             yield f"{name}-{kind}", (name, make)
+        yield f"_optimizer_step-options-{kind}", ("_optimizer_step", lambda k=kind: _all_options(k))
     for storage in (torch.float16, torch.bfloat16, torch.float32):
         yield f"quantize_4bit-{storage}", ("quantize_4bit", _quantize_4bit_floats(storage))
         yield f"dequantize_4bit-{storage}", ("dequantize_4bit", _dequantize_4bit("plain", storage))
@@ -167,6 +201,9 @@ EVERY_OPERATOR = {
     "optimizer_update_32bit",
     "optimizer_update_8bit_blockwise",
     "_optimizer_step",
+    "_optimizer_norms",
+    "_gradient_norms",
+    "_percentile_clip",
 }
 
 

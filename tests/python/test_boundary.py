@@ -172,8 +172,8 @@ def test_strides_of_inputs_do_not_matter():
     for key in (k for k in SAMPLES if k.endswith("-strided")):
         op, make = SAMPLES[key]
         args, plain = make(), [a.contiguous() if isinstance(a, torch.Tensor) else a for a in make()]
-        if isinstance(args[1], list):
-            plain = [[t.contiguous() for t in a] if tensors_of(a) else a for a in plain]
+        if any(isinstance(a, list) for a in args[:2]):
+            plain = [[t.contiguous() for t in a] if isinstance(a, list) and tensors_of(a) else a for a in plain]
         before = [t.stride() for t in tensors_of(args)]
         got, expected = op(*args), op(*plain)
         assert [t.stride() for t in tensors_of(args)] == before, key

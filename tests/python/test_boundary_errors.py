@@ -41,7 +41,8 @@ def sample(name, *changes):
 
 def group(bits=8, **lists):
     """_optimizer_step of three parameters, with entries or whole lists replaced: g={1: tensor} or g=[...]."""
-    names = ["name", "p", "g", "state1", "state2", "absmax1", "absmax2", "qmaps", "step"]
+    names = ["name", "p", "g", "state1", "state2", "absmax1", "absmax2", "qmaps", "steps", "unorm"]
+    names += ["gnorm_scale", "norms", "lr_tensor", "step", "seed"]
     args = list(group_step([parameter("plain", bits) for _ in range(3)]))
     for name, change in lists.items():
         position = names.index(name)
@@ -136,13 +137,14 @@ UPDATES = [
     (lambda: changed(update_32bit("plain"), (0, "\N{SNOWMAN}" * 400)), V, "optimizer_name is '??"),
     (lambda: changed(update_32bit("plain"), (1, zeros(5, 67, dtype=f16))), V, "g has dtype float16, expected float32"),
     (lambda: changed(update_32bit("plain"), (1, zeros(5, 66))), V, "g has 330 elements, expected 335 (as many as p)"),
-    (lambda: changed(update_32bit("plain", dtype=f64)), V, "p is float64, expected float32, float16 or bfloat16"),
+    (lambda: changed(update_32bit("plain", dtype=f64)), V, "p has dtype float64, expected float32, float16"),
     (lambda: changed(update_32bit("plain"), (3, zeros(5, 67, dtype=u8))), V, "state1 has dtype uint8, expected f"),
     (lambda: changed(update_32bit("plain"), (3, zeros(334))), V, "state1 has 334 elements, expected 335"),
     (lambda: changed(update_32bit("plain"), (4, None)), V, 'state2 is None, expected a tensor for optimizer "adam"'),
     (lambda: changed(update_32bit("plain"), (4, zeros(5, 67, dtype=f16))), V, "state2 has dtype float16, expected"),
-    (lambda: changed(update_32bit("plain"), (6, 1.0)), N, "max_unorm is 1, expected 0"),
-    (lambda: changed(update_32bit("plain"), (6, float("nan"))), N, "max_unorm is nan, expected 0"),
+    (lambda: changed(update_32bit("plain"), (5, zeros(2)), (6, 1.0)), V, "unorm_vec has 2 elements, expected 1"),
+    (lambda: changed(update_32bit("plain"), (6, -1.0)), V, "max_unorm is -1, expected a number in [0, inf)"),
+    (lambda: changed(update_32bit("plain"), (6, float("nan"))), V, "max_unorm is nan, expected a number in"),
     (lambda: changed(update_32bit("plain"), (8, 1.0)), V, "beta1 is 1"),
     (lambda: changed(update_32bit("plain"), (9, float("nan"))), V, "beta2 is nan"),
     (lambda: changed(update_32bit("plain"), (12, -1e-8)), V, "eps is -1e-08"),
@@ -165,7 +167,7 @@ UPDATES = [
     (lambda: group(name="x"), V, "optimizer_name is 'x'"),
     (lambda: group(g=[]), V, "g has 0 entries, expected 3 (one per parameter)"),
     (lambda: group(state1=[zeros(5, 67)] * 2), V, "state1 has 2 entries, expected 3 (one per parameter)"),
-    (lambda: group(step=[1, 2]), V, "step has 2 entries, expected 3 (one per parameter)"),
+    (lambda: group(step=[1, 2]), V, "step has 2 entries, expected 3 (one per parameter, or steps)"),
     (lambda: group(state2=[]), V, "state2 has 0 entries, expected 3 (one per parameter and second state)"),
     (lambda: group(absmax1=[zeros(2)] * 4), V, "absmax1 has 4 entries, expected 3 (one per uint8 state1)"),
     (lambda: group(absmax2=[]), V, "absmax2 has 0 entries, expected 3 (one per uint8 state2)"),
@@ -174,10 +176,22 @@ UPDATES = [
     (lambda: group(32, qmaps=[SIGNED, UNSIGNED]), V, "qmaps has 2 entries, expected 0 (one per state if any is uint8)"),
     (lambda: group(g={1: zeros(5, 66)}), V, "g[1] has 330 elements, expected 335 (as many as p)"),
     (lambda: group(g={2: zeros(5, 67, dtype=f16)}), V, "g[2] has dtype float16, expected float32, the dtype of p[2]"),
-    (lambda: group(p={2: zeros(5, 67, dtype=i32)}), V, "p[2] is int32, expected float32, float16 or bfloat16"),
+    (lambda: group(p={2: zeros(5, 67, dtype=i32)}), V, "p[2] has dtype int32, expected float32, float16"),
     (lambda: group(state2={2: zeros(5, 67)}), V, "state2[2] has dtype float32, expected uint8"),
     (lambda: group(absmax2={2: zeros(1)}), V, "absmax2[2] has 1 elements, expected 2 (335 values in blocks of 256)"),
     (lambda: group(step=[1, 2, -3]), V, "step is -3, expected 1 or more"),
+    (lambda: group(steps=[zeros()] * 3), V, "step has 3 entries, expected 0 (one per parameter, or steps)"),
+    (lambda: group(steps=[zeros()] * 2, step=[]), V, "steps has 2 entries, expected 3 (one per parameter, or step)"),
+    (lambda: group(steps=[zeros(2)] * 3, step=[]), V, "steps[0] has 2 elements, expected 1"),
+    (lambda: group(unorm=[zeros(1)]), V, "unorm has 1 entries, expected 3 (one per parameter, or none)"),
+    (lambda: group(unorm=[zeros(1, dtype=f16)] * 3), V, "unorm[0] has dtype float16, expected float32"),
+    (lambda: group(gnorm_scale=zeros(2)), V, "gnorm_scale has 2 elements, expected 3 (one per parameter)"),
+    (lambda: group(norms=zeros(3, 2)), V, "norms has dtype float32, expected float64"),
+    (lambda: group(norms=zeros(3, dtype=torch.float64)), V, "norms has 3 elements, expected 6 (two per parameter)"),
+    (lambda: group(lr_tensor=zeros(2)), V, "lr_tensor has 2 elements, expected 1"),
+    (lambda: group(seed=[1]), V, "seed has 1 entries, expected 3 (one per parameter, with stochastic_rounding)"),
+    (lambda: group_step([parameter("plain", 32)] * 2), V, "p[1] shares memory with another parameter"),
+    (lambda: group(lr_tensor=torch.tensor(-1.0)), V, "lr is -1, expected a number in [0, inf)"),
 ]
 
 

@@ -1,13 +1,17 @@
 """Adam: two states per parameter, decoupled weight decay, 32-bit or 8-bit block-wise state.
 
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+    p = p (1 - lr weight_decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
 Kingma & Ba 2015, with the decay of Loshchilov & Hutter 2019: with weight_decay > 0 this is AdamW, not torch's Adam.
 Classes differ in what they force: the name ends in the bits of the state, "Paged" in front asks for paged state.
 """
 
 from .optimizer import Optimizer2State
+from .variants import Variant, expect, expect_no_amsgrad
 
 
-class Adam(Optimizer2State):
+class Adam(Variant, Optimizer2State):
     """Adam with `optim_bits` bits of state.
 
     params         parameters or group dicts
@@ -17,13 +21,10 @@ class Adam(Optimizer2State):
     optim_bits     32 or 8; 8 gives parameters of min_8bit_size elements or more 8-bit state
     args           an object with optim_bits, min_8bit_size, max_unorm, skip_zeros that replaces those arguments
     is_paged       paged state on a GPU
-    percentile_clipping, block_wise  options of old releases: only 100 and True
+    options        keyword options of every optimizer here: see Optimizer2State
     Raises ValueError for negative values and betas outside [0, 1); NotImplementedError for amsgrad (ValueError in the
-    8-bit classes) and percentile_clipping below 100.
+    8-bit classes); TypeError for an unknown name.
     """
-
-    _forced_bits = None
-    _always_paged = False
 
     def __init__(
         self,
@@ -37,11 +38,11 @@ class Adam(Optimizer2State):
         args=None,
         min_8bit_size=4096,
         is_paged=False,
-        *,
-        percentile_clipping=100,
-        block_wise=True,
+        **options,
     ):
-        bits = self._bits(optim_bits, amsgrad)
+        eight = self._forced_bits == 8
+        expect_no_amsgrad(self, amsgrad, ValueError if eight else NotImplementedError)
+        expect(not eight or optim_bits == 32, self, "optim_bits", optim_bits, "to be left alone: the class means 8")
         super().__init__(
             "adam",
             params,
@@ -49,22 +50,12 @@ class Adam(Optimizer2State):
             betas,
             eps,
             weight_decay,
-            bits,
+            self._bits(optim_bits),
             args,
             min_8bit_size,
             is_paged=is_paged or self._always_paged,
-            percentile_clipping=percentile_clipping,
-            block_wise=block_wise,
+            **self._options(options),
         )
-
-    def _bits(self, optim_bits, amsgrad):
-        """The bits of the state, after the checks of this class."""
-        name, eight = type(self).__name__, self._forced_bits == 8
-        if amsgrad:
-            raise (ValueError if eight else NotImplementedError)(f"{name}: amsgrad is {amsgrad}, expected False")
-        if eight and optim_bits != 32:
-            raise ValueError(f"{name}: optim_bits is {optim_bits}, expected to be left alone: the class means 8")
-        return self._forced_bits or optim_bits
 
 
 class Adam8bit(Adam):

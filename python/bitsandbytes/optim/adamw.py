@@ -18,23 +18,10 @@ class AdamW(Adam):
         args=None,
         min_8bit_size=4096,
         is_paged=False,
-        *,
-        percentile_clipping=100,
-        block_wise=True,
+        **options,
     ):
         super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            optim_bits,
-            args,
-            min_8bit_size,
-            is_paged,
-            percentile_clipping=percentile_clipping,
-            block_wise=block_wise,
+            params, lr, betas, eps, weight_decay, amsgrad, optim_bits, args, min_8bit_size, is_paged, **options
         )
 
 
@@ -53,6 +40,8 @@ class AdamW32bit(AdamW):
 class PagedAdamW(AdamW):
     """AdamW with paged state. Arguments and errors: Adam, without is_paged."""
 
+    _always_paged = True
+
     def __init__(
         self,
         params,
@@ -64,24 +53,10 @@ class PagedAdamW(AdamW):
         optim_bits=32,
         args=None,
         min_8bit_size=4096,
-        *,
-        percentile_clipping=100,
-        block_wise=True,
+        **options,
     ):
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            optim_bits,
-            args,
-            min_8bit_size,
-            is_paged=True,
-            percentile_clipping=percentile_clipping,
-            block_wise=block_wise,
-        )
+        options = self._options(options)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, optim_bits, args, min_8bit_size, **options)
 
 
 class PagedAdamW8bit(PagedAdamW):

@@ -14,12 +14,14 @@ from functools import partial
 
 import torch
 
+from . import sharding
+
 logger = logging.getLogger(__name__)
 
 # Keys of a setting that change something, and some that old releases knew and that are accepted without effect.
 _KEYS = {"lr", "betas", "eps", "weight_decay", "alpha", "t_alpha", "t_beta3"}
-_KEYS |= {"optim_bits", "min_8bit_size", "max_unorm", "skip_zeros"}
-_INERT_KEYS = {"is_sparse", "percentile_clipping", "block_wise"}
+_KEYS |= {"optim_bits", "min_8bit_size", "max_unorm", "skip_zeros", "percentile_clipping"}
+_INERT_KEYS = {"is_sparse", "block_wise"}
 
 
 class _ByIdentity:
@@ -89,6 +91,20 @@ class _ModuleOverride:
         return f"{type(self.module()).__name__}.{self.name}"
 
 
+class _Heir:
+    """A setting of a parameter, kept for the sharded parameter that may take its place in a module."""
+
+    def __init__(self, p, module, name, config):
+        self.owner, self.module, self.name, self.config = weakref.ref(p), module, name, dict(config)
+        self.shape = p.shape
+
+    def target(self):
+        """The parameter that has replaced the owner, or None."""
+        target = getattr(self.module(), self.name, None)
+        replaced = target is not self.owner() and sharding.replaces(target, self.shape)
+        return target if replaced else None
+
+
 class GlobalOptimManager:
     """The one manager of the process; get it with GlobalOptimManager.get_instance()."""
 
@@ -112,6 +128,7 @@ class GlobalOptimManager:
         self._places = {}  # (group index, position) -> _Place
         self._locations = _ByIdentity()  # tensor -> its (group index, position)
         self._module_overrides = []
+        self._heirs = {}  # (id of a module, parameter name) -> _Heir
         self._held = _ByIdentity()  # parameters of the optimizers that exist
         self._warned = _ByIdentity()
         self.optimizer = None
@@ -156,7 +173,8 @@ class GlobalOptimManager:
     def override_config(self, parameters, key=None, value=None, key_value_dict=None):
         """Give one parameter, or each of a list, a setting of its own: `key` and `value`, or a dict of several.
 
-        Keys: lr, betas, eps, weight_decay, alpha, t_alpha, t_beta3, optim_bits, min_8bit_size, max_unorm, skip_zeros.
+        Keys: lr, betas, eps, weight_decay, alpha, t_alpha, t_beta3, optim_bits, min_8bit_size, max_unorm, skip_zeros,
+        percentile_clipping.
         optim_bits and min_8bit_size act when the state is made, before the parameter's first step; the others from
         the next step on, and they defeat a learning-rate scheduler.  A value of None is ignored.
         Raises AssertionError if both forms are used, ValueError for an unknown key.
@@ -194,6 +212,7 @@ class GlobalOptimManager:
         """
         members = [(group, i, p) for group, g in enumerate(param_groups) for i, p in enumerate(g["params"])]
         self._apply_module_overrides({id(p) for _, _, p in members})
+        self._inherit({id(p) for _, _, p in members})
         self._claim(members)
         result = {}
         for group_index, position, p in members:
@@ -212,6 +231,18 @@ class GlobalOptimManager:
         place = self._places.get(self._locations.get(p))
         if place is not None and place.owner() is p:
             place.config = dict(config)
+        found = sharding.holder(p)
+        if found is not None:
+            module, name = found
+            self._heirs[id(module()), name] = _Heir(p, module, name, config)
+
+    def _inherit(self, members):
+        """Sharding (FSDP2) puts new parameters into a module: they get the settings of those they replace."""
+        self._heirs = {key: heir for key, heir in self._heirs.items() if heir.module() is not None}
+        for heir in list(self._heirs.values()):
+            target = heir.target()
+            if id(target) in members and target not in self._settings:
+                self._set(target, heir.config)
 
     def _claim(self, members):
         """Registered tensors that an optimizer holds keep their position's setting to themselves."""

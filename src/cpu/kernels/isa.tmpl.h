@@ -11,15 +11,14 @@
 #include "cpu/kernels/gemv4_int16.h"
 #endif
 #include "cpu/kernels/kernels.h"
-#include "cpu/kernels/rules.h"
 
 #define T float
 #define NAME(f) f##_f32
 #define LOAD vf_load_f32
 #define STORE vf_store_f32
+#include "cpu/kernels/convert.tmpl.h"
 #include "cpu/kernels/quant8.tmpl.h"
 #include "cpu/kernels/quant4.tmpl.h"
-#include "cpu/kernels/optim.tmpl.h"
 #include "cpu/kernels/rows.tmpl.h"
 #undef T
 #undef NAME
@@ -30,9 +29,9 @@
 #define NAME(f) f##_f16
 #define LOAD vf_load_f16
 #define STORE vf_store_f16
+#include "cpu/kernels/convert.tmpl.h"
 #include "cpu/kernels/quant8.tmpl.h"
 #include "cpu/kernels/quant4.tmpl.h"
-#include "cpu/kernels/optim.tmpl.h"
 #include "cpu/kernels/rows.tmpl.h"
 #undef T
 #undef NAME
@@ -43,10 +42,12 @@
 #define NAME(f) f##_bf16
 #define LOAD vf_load_bf16
 #define STORE vf_store_bf16
+#include "cpu/kernels/convert.tmpl.h"
 #include "cpu/kernels/quant8.tmpl.h"
 #include "cpu/kernels/quant4.tmpl.h"
-#include "cpu/kernels/optim.tmpl.h"
 #include "cpu/kernels/rows.tmpl.h"
+
+#include "cpu/kernels/optim.h"
 
 #define ALL_DTYPES(kernel) {kernel##_f32, kernel##_f16, kernel##_bf16} /* in the order of bnb_dtype */
 
@@ -57,8 +58,10 @@ const struct bnb_cpu_ops ISA_OPS = {
     .dequant8 = ALL_DTYPES(dequant8),
     .quant4 = ALL_DTYPES(quant4),
     .dequant4 = ALL_DTYPES(dequant4),
-    .optim8 = {[BNB_RULE_ADAM] = ALL_DTYPES(optim8_adam)},
-    .optim32 = {[BNB_RULE_ADAM] = ALL_DTYPES(optim32_adam)},
+    .optim8 = ALL_RULES(optim8),
+    .optim32 = ALL_RULES(optim32),
+    .optim_norms = ALL_RULES(norms),
+    .square_blocks = square_blocks,
     .tile_columns = TILE_N,
     .axpy_columns = AXPY_N,
     .run = 2 * VF_LANES,

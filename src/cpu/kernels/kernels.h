@@ -28,8 +28,12 @@ struct bnb_cpu_ops {
     void (*quant4[BNB_FLOATS])(const struct bnb_quant4_args *a, int64_t first_block, int64_t end_block);
     void (*dequant4[BNB_FLOATS])(const struct bnb_dequant4_args *a, int64_t first_block, int64_t end_block);
     /* Blocks are of 256 elements; with 32-bit state they are only a unit of work. */
-    void (*optim8[BNB_RULE_COUNT][BNB_FLOATS])(const struct bnb_optim_args *a, int64_t first_block, int64_t end_block);
-    void (*optim32[BNB_RULE_COUNT][BNB_FLOATS])(const struct bnb_optim_args *a, int64_t first_block, int64_t end_block);
+    void (*optim8[BNB_RULE_COUNT])(const struct bnb_optim_args *a, int64_t first_block, int64_t end_block);
+    void (*optim32[BNB_RULE_COUNT])(const struct bnb_optim_args *a, int64_t first_block, int64_t end_block);
+    /* sums += {sum of u^2, sum of p^2} of the blocks: NUMERICS rule 27 */
+    void (*optim_norms[BNB_RULE_COUNT])(const struct bnb_optim_args *a, int64_t first_block, int64_t end_block,
+                                        double sums[2]);
+    double (*square_blocks)(int dtype, const void *x, int64_t n);
     /* Matrix products.  Ranges count tiles of columns of the result; the launcher has brought x to f32 (widen) or to
      * packed integers (pack8).  gemv4: up to BNB_GEMV_ROWS rows, packed by pack_pairs; k and block are whole runs. */
     int tile_columns; /* of gemm4_dot, gemv4, gemm8_dot */

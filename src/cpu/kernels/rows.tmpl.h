@@ -1,24 +1,9 @@
 /*
- * rows.tmpl.h - LLM.int8()'s row-wise quantisation, and conversion to f32 (template: included once per dtype)
+ * rows.tmpl.h - LLM.int8()'s row-wise quantisation (template: included once per dtype)
  *
  * A code is x (127 / stats), rounded to nearest even; NUMERICS rule 33.  In: T, NAME, LOAD, STORE.
  * Source: Dettmers et al. 2022, "LLM.int8()", section 3.
  */
-
-static void NAME(widen)(const void *x, int64_t n, float *out)
-{
-    const T *p = x;
-    int64_t i = 0;
-    for (; i + VF_LANES <= n; i += VF_LANES)
-        vf_store_f32(out + i, LOAD(p + i));
-    if (i < n) {
-        T rest[VF_LANES] = {0};
-        float wide[VF_LANES];
-        memcpy(rest, p + i, (size_t)(n - i) * sizeof(T));
-        vf_store_f32(wide, LOAD(rest));
-        memcpy(out + i, wide, (size_t)(n - i) * sizeof(float));
-    }
-}
 
 /* The largest magnitude below `limit` of a row, NaN if it holds one; marks the columns that hold one at or above it. */
 static float NAME(row_stat)(const struct bnb_rows_args *a, const T *x, float limit)

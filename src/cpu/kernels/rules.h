@@ -1,8 +1,9 @@
 /*
- * rules.h - the update rules of the optimizers, written once for every dtype, instruction set and precision of state
+ * rules.h - the update rules of the optimizers, written once for every instruction set and precision of state
  *
- * A rule takes the scaled gradient and the old state and gives the new one; it uses +, * and, for the parameter alone,
- * sqrt and division.  No fused multiply-add: states must have the same bits on every device (NUMERICS rules 20 to 23).
+ * A rule takes the gradient and the old state and gives the new state and u, the direction of the step; the parameter
+ * then becomes p decay + step_size u.  States use + and * alone; u may divide and take roots.  No fused multiply-add:
+ * states must have the same bits on every device (NUMERICS rules 20 to 22).
  */
 #ifndef BNB_CPU_RULES_H
 #define BNB_CPU_RULES_H
@@ -11,76 +12,120 @@
 
 #define OPTIM_BLOCK 256 /* BNB_OPTIM_BLOCK of bitsandbytes.h */
 
-struct rule_state { vf p, s1, s2; };
+/* s: m, v, and the slow average of ademamix; one-state rules use s[0] alone. */
+struct rule_state { vf p, u, s[BNB_MAX_STATES]; };
 
-struct rule_scalars { vf beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, eps, decay, gnorm_scale; };
+struct rule_scalars {
+    vf beta1, gain1, beta2, gain2, beta3, gain3, mix1, mix2, step_size, eps, decay, coupled, gnorm_scale;
+    bool is_coupled, skip_zeros;
+};
 
 static ALWAYS_INLINE struct rule_scalars rule_load(const struct bnb_optim_scalars *s)
 {
-    return (struct rule_scalars){vf_set(s->beta1),           vf_set(s->one_minus_beta1), vf_set(s->beta2),
-                                 vf_set(s->one_minus_beta2), vf_set(s->step_size),       vf_set(s->eps),
-                                 vf_set(s->decay),           vf_set(s->gnorm_scale)};
+    return (struct rule_scalars){
+        .beta1 = vf_set(s->beta1),
+        .gain1 = vf_set(s->gain1),
+        .beta2 = vf_set(s->beta2),
+        .gain2 = vf_set(s->gain2),
+        .beta3 = vf_set(s->beta3),
+        .gain3 = vf_set(s->gain3),
+        .mix1 = vf_set(s->mix1),
+        .mix2 = vf_set(s->mix2),
+        .step_size = vf_set(s->step_size),
+        .eps = vf_set(s->eps),
+        .decay = vf_set(s->decay),
+        .coupled = vf_set(s->coupled),
+        .gnorm_scale = vf_set(s->gnorm_scale),
+        .is_coupled = s->coupled > 0.0f,
+        .skip_zeros = s->skip_zeros != 0,
+    };
 }
 
-/* m = beta1 m + (1 - beta1) g;  v = beta2 v + ((1 - beta2) g) g;  p = p decay + step_size m / (sqrt(v) + eps) */
-static ALWAYS_INLINE void rule_adam(vf g, struct rule_state *x, const struct rule_scalars *s)
+/* How many states a rule has, and which of them may be negative: those keep their sign when requantised. */
+static ALWAYS_INLINE int rule_states(int rule) { return rule == BNB_RULE_ADEMAMIX ? 3 : rule == BNB_RULE_ADAM ? 2 : 1; }
+
+static ALWAYS_INLINE bool rule_is_signed(int rule, int k) { return k != 1 && rule != BNB_RULE_RMSPROP; }
+
+static ALWAYS_INLINE vf average(vf beta, vf s, vf gain, vf g) { return vf_add(vf_mul(beta, s), vf_mul(gain, g)); }
+
+static ALWAYS_INLINE vf average_square(vf beta, vf s, vf gain, vf g)
 {
-    x->s1 = vf_add(vf_mul(s->beta1, x->s1), vf_mul(s->one_minus_beta1, g));
-    x->s2 = vf_add(vf_mul(s->beta2, x->s2), vf_mul(vf_mul(s->one_minus_beta2, g), g));
-    const vf ratio = vf_div(x->s1, vf_add(vf_sqrt(x->s2), s->eps));
-    x->p = vf_add(vf_mul(x->p, s->decay), vf_mul(s->step_size, ratio));
+    return vf_add(vf_mul(beta, s), vf_mul(vf_mul(gain, g), g));
 }
 
-/* g is the raw gradient. */
-static ALWAYS_INLINE void rule_update(int rule, vf g, struct rule_state *x, const struct rule_scalars *s)
+/* x / (sqrt(v) + eps) */
+static ALWAYS_INLINE vf over_root(vf x, vf v, vf eps) { return vf_div(x, vf_add(vf_sqrt(v), eps)); }
+
+/* 1, 0 or -1; 0 for NaN */
+static ALWAYS_INLINE vf sign_of(vf x)
 {
-    const vf scaled = vf_mul(g, s->gnorm_scale);
-    if (rule == BNB_RULE_ADAM)
-        rule_adam(scaled, x, s);
+    const vf zero = vf_set(0.0f), one = vf_set(1.0f);
+    return vf_sub(vf_where(vf_lt(zero, x), one), vf_where(vf_lt(x, zero), one));
 }
 
-static ALWAYS_INLINE void rule_keep(vm keep, const struct rule_state *before, struct rule_state *x)
+/* New states and direction; gradient is the raw one.  NUMERICS rules 20 and 21 give the equations. */
+static ALWAYS_INLINE void rule_update(int rule, vf gradient, struct rule_state *x, const struct rule_scalars *k)
+{
+    vf g = vf_mul(gradient, k->gnorm_scale);
+    if (k->is_coupled)
+        g = vf_add(g, vf_mul(k->coupled, x->p));
+    switch (rule) {
+    case BNB_RULE_ADAM:
+        x->s[0] = average(k->beta1, x->s[0], k->gain1, g);
+        x->s[1] = average_square(k->beta2, x->s[1], k->gain2, g);
+        x->u = over_root(x->s[0], x->s[1], k->eps);
+        break;
+    case BNB_RULE_ADEMAMIX:
+        x->s[0] = average(k->beta1, x->s[0], k->gain1, g);
+        x->s[1] = average_square(k->beta2, x->s[1], k->gain2, g);
+        x->s[2] = average(k->beta3, x->s[2], k->gain3, g);
+        x->u = over_root(vf_add(vf_mul(x->s[0], k->mix1), vf_mul(x->s[2], k->mix2)), x->s[1], k->eps);
+        break;
+    case BNB_RULE_MOMENTUM:
+        x->s[0] = average(k->beta1, x->s[0], k->gain1, g);
+        x->u = vf_add(vf_mul(g, k->mix1), vf_mul(x->s[0], k->mix2));
+        break;
+    case BNB_RULE_LION:
+        x->u = sign_of(average(k->beta1, x->s[0], k->gain1, g));
+        x->s[0] = average(k->beta2, x->s[0], k->gain2, g);
+        break;
+    default: /* BNB_RULE_RMSPROP */
+        x->s[0] = average_square(k->beta1, x->s[0], k->gain1, g);
+        x->u = over_root(g, x->s[0], k->eps);
+    }
+}
+
+/* Put back what was there before, where `keep`; the direction is 0 there. */
+static ALWAYS_INLINE void rule_keep(int rule, vm keep, const struct rule_state *before, struct rule_state *x)
 {
     x->p = vf_select(keep, before->p, x->p);
-    x->s1 = vf_select(keep, before->s1, x->s1);
-    x->s2 = vf_select(keep, before->s2, x->s2);
+    x->u = vf_select(keep, vf_set(0.0f), x->u);
+    for (int k = 0; k < rule_states(rule); k++)
+        x->s[k] = vf_select(keep, before->s[k], x->s[k]);
 }
 
-/* -1 where a negative value got an entry that is not, +1 where a positive value got a negative entry, else 0. */
-static ALWAYS_INLINE vi sign_step(vf value, vf entry)
+/* 8-bit state: an element whose new state is not finite keeps p, and forgets its states (NUMERICS rule 23). */
+static ALWAYS_INLINE void rule_drop_infinite(int rule, vf p, struct rule_state *x)
 {
-    const vf zero = vf_set(0.0f);
-    const vm down = vm_and(vf_lt(value, zero), vf_le(zero, entry)), up = vm_and(vf_lt(zero, value), vf_lt(entry, zero));
-    return vi_sub(vi_of_mask(down), vi_of_mask(up));
+    vm finite = vf_le(vf_abs(x->s[0]), vf_set(FLT_MAX));
+    for (int k = 1; k < rule_states(rule); k++)
+        finite = vm_and(finite, vf_le(vf_abs(x->s[k]), vf_set(FLT_MAX)));
+    x->p = vf_select(finite, x->p, p);
+    x->u = vf_where(finite, x->u);
+    for (int k = 0; k < rule_states(rule); k++)
+        x->s[k] = vf_where(finite, x->s[k]);
 }
 
-/*
- * Codes of one block of state.  Where is_signed, the chosen entry keeps the sign of the value, one step towards it if
- * they differ, so that a negative value never becomes 0 (NUMERICS rule 24).
- */
-static ALWAYS_INLINE void encode_state(const float *state, float absmax, const struct bnb_map8 *map,
-                                       const struct encoder8 *e, bool is_signed, uint8_t *codes)
+/* One update of one vector, as it is before anything is rounded to storage. */
+static ALWAYS_INLINE void rule_step(int rule, int bits, vf gradient, struct rule_state *x, const struct rule_scalars *k)
 {
-    const float r = 1.0f / absmax;
-    if (!(r <= FLT_MAX)) {
-        memset(codes, map->zero, OPTIM_BLOCK);
-        return;
-    }
-    for (int i = 0; i < OPTIM_BLOCK; i += 4 * VF_LANES) {
-        vi c[4];
-        for (int k = 0; k < 4; k++) {
-            const vf value = vf_load_f32(state + i + k * VF_LANES);
-            c[k] = encode8(vf_mul(value, vf_set(r)), e);
-            if (is_signed && e->kind == ENCODE_SIGNED) { /* only the code of 0 can have the wrong sign */
-                const vm zero = vi_eq(c[k], vi_set(127));
-                c[k] = vi_add(c[k], vi_of_mask(vm_and(zero, vf_lt(value, vf_set(0.0f)))));
-            }
-            if (is_signed && e->kind == ENCODE_SORTED)
-                c[k] =
-                    vi_min(vi_max(vi_add(c[k], sign_step(value, vf_gather(map->code, c[k]))), vi_set(0)), vi_set(255));
-        }
-        group_store_u8(codes + i, c);
-    }
+    const struct rule_state before = *x;
+    rule_update(rule, gradient, x, k);
+    x->p = vf_add(vf_mul(x->p, k->decay), vf_mul(k->step_size, x->u));
+    if (bits == 8)
+        rule_drop_infinite(rule, before.p, x);
+    if (k->skip_zeros)
+        rule_keep(rule, vf_eq(gradient, vf_set(0.0f)), &before, x);
 }
 
 #endif
