@@ -1,4 +1,4 @@
-"""The optimizer classes and the multi-tensor operator: many tensors equal one by one, layouts, long runs."""
+"""The optimizer classes at work: many tensors equal one by one, layouts, long runs, each class beside a reference."""
 
 import numpy as np
 import pytest
@@ -32,13 +32,27 @@ def assert_same(opt_a, ps_a, opt_b, ps_b, what=""):
             assert torch.equal(sa[key], sb[key]), (what, i, key)
 
 
+# a class of every row, with options under which all of its terms are at work
+ROWS = {
+    "AdamW": {"weight_decay": 0.1},
+    "AdEMAMix": {"weight_decay": 0.1, "t_alpha": 4, "t_beta3": 4},
+    "LAMB": {"weight_decay": 0.1, "max_unorm": 0.3},
+    "LARS": {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True},
+    "SGD": {"weight_decay": 0.1, "momentum": 0.9, "dampening": 0.5},
+    "Lion": {"weight_decay": 0.1},
+    "RMSprop": {"weight_decay": 0.1},
+    "Adagrad": {"weight_decay": 0.1},
+}
+
+
 @pytest.mark.parametrize("bits", [8, 32])
-def test_many_tensors_equal_one_by_one(dtype, bits):
+@pytest.mark.parametrize("name", ROWS)
+def test_many_tensors_equal_one_by_one(name, dtype, bits):
     values = tensors(dtype)
     together, single = params_of(values), params_of(values)
-    options = {"lr": 1e-2, "weight_decay": 0.1, "optim_bits": bits}
-    opt = optim.AdamW(together, **options)
-    opts = [optim.AdamW([p], **options) for p in single]
+    options = {**ROWS[name], "lr": 1e-2, "optim_bits": bits}
+    opt = getattr(optim, name)(together, **options)
+    opts = [getattr(optim, name)([p], **options) for p in single]
     for step in range(5):
         for i, grad in enumerate(tensors(dtype, 100 + step)):
             present = (i + step) % 4 != 3  # a parameter without a gradient is skipped and keeps its own count
@@ -49,8 +63,10 @@ def test_many_tensors_equal_one_by_one(dtype, bits):
             o.step()
     for i, o in enumerate(opts):
         assert torch.equal(together[i].data, single[i].data), i
+        assert values[i].numel() < 1000 or not torch.equal(together[i].data, values[i]), i
         a, b = opt.state[together[i]], o.state[single[i]]
         assert a.get("step") == b.get("step"), i
+        assert a.keys() == b.keys(), i
         for key in b:
             if isinstance(b[key], torch.Tensor):
                 assert torch.equal(a[key], b[key]), (i, key)
@@ -170,36 +186,42 @@ def test_threads_do_not_matter(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_multi_tensor_operator_mixes_bits():
-    """_optimizer_step: 8-bit and 32-bit parameters and three steps in one call, absmax in order of the 8-bit ones."""
-    shapes = [1000, 300, 257]
-    bits = [8, 32, 8]
+def test_one_group_mixes_bits_and_steps():
+    """8-bit and 32-bit parameters that stand at steps 1, 5 and 9 in one group, each against the reference."""
     g = torch.Generator().manual_seed(6)
-    p = [torch.randn(n, generator=g) for n in shapes]
-    grads = [torch.randn(n, generator=g) for n in shapes]
-    s1 = [torch.zeros(n, dtype=torch.uint8 if b == 8 else torch.float32) for n, b in zip(shapes, bits, strict=True)]
-    s2 = [t.clone() for t in s1]
-    a1, a2 = [torch.zeros(4), torch.zeros(2)], [torch.zeros(4), torch.zeros(2)]
-    steps = [1, 5, 9]
-    m1, m2 = F.create_dynamic_map(), F.create_dynamic_map(signed=False)
-    start = [x.numpy().copy() for x in p]
-    torch.ops.bitsandbytes._optimizer_step(
-        "adam", p, grads, s1, s2, a1, a2, [m1, m2], steps, 1e-2, 0.9, 0.999, 0.0, 0.0, 1e-8, 0.1, 1.0, False
-    )
+    sizes, bits, first = [1000, 300, 257], [8, 32, 8], [8, 4, 0]  # first: the round in which gradients begin
+    ps = params_of([torch.randn(n, generator=g) for n in sizes])
+    opt = optim.AdamW(ps, lr=1e-2, weight_decay=0.1, optim_bits=8, min_8bit_size=0)
+    manager = optim.GlobalOptimManager.get_instance()
+    manager.initialize()
+    manager.override_config(ps[1], "optim_bits", 32)
     s = ref.Settings(lr=1e-2, wd=0.1)
-    a = iter(zip(a1, a2, strict=True))
-    for i, n in enumerate(shapes):
-        if bits[i] == 8:
-            state = ref.State8(n, m1.numpy(), m2.numpy())
-            expected, _, _ = ref.step8(start[i], grads[i].numpy(), state, steps[i], s, "f32")
-            scale1, scale2 = next(a)
-            assert np.array_equal(s1[i].numpy(), state.q1) and np.array_equal(s2[i].numpy(), state.q2)
-            assert oracle.same_bits(scale1.numpy(), state.a1) and oracle.same_bits(scale2.numpy(), state.a2)
-        else:
-            zero = np.zeros(n, np.float32)
-            expected, m, v = ref.step32(start[i], grads[i].numpy(), zero, zero, steps[i], s, "f32")
-            assert oracle.same_bits(s1[i].numpy(), m) and oracle.same_bits(s2[i].numpy(), v)
-        assert np.max(ref.ulps(p[i].numpy(), expected, "f32")) <= 1
+    m1, m2 = F.create_dynamic_map().numpy(), F.create_dynamic_map(signed=False).numpy()
+    eights = [ref.State8(n, m1, m2) for n in sizes]
+    plain = [np.zeros(300, np.float32), np.zeros(300, np.float32)]
+    for turn in range(9):
+        start = [p.detach().numpy().copy() for p in ps]
+        for p, begin in zip(ps, first, strict=True):
+            p.grad = torch.randn(p.shape, generator=g) if turn >= begin else None
+        opt.step()
+        for i, p in enumerate(ps):
+            if p.grad is None:
+                assert p not in opt.state or not opt.state[p]
+                continue
+            state, step, grad = opt.state[p], turn - first[i] + 1, p.grad.numpy()
+            assert state["step"] == step
+            if bits[i] == 8:
+                expected, _, _ = ref.step8(start[i], grad, eights[i], step, s, "f32")
+                for k, (codes, scales) in enumerate(((eights[i].q1, eights[i].a1), (eights[i].q2, eights[i].a2)), 1):
+                    assert np.array_equal(state[f"state{k}"].numpy(), codes), (turn, i, k)
+                    assert oracle.same_bits(state[f"absmax{k}"].numpy(), scales), (turn, i, k)
+            else:
+                expected, *plain = ref.step32(start[i], grad, *plain, step, s, "f32")
+                assert oracle.same_bits(state["state1"].numpy(), plain[0])
+                assert oracle.same_bits(state["state2"].numpy(), plain[1])
+            assert np.max(ref.ulps(p.detach().numpy(), expected, "f32")) <= 1
+    manager.initialize()
+    assert [opt.state[p]["step"] for p in ps] == [1, 5, 9]
 
 
 def test_gradients_are_not_changed(dtype):
@@ -237,3 +259,98 @@ def test_thousand_steps_beside_fp32_adam():
     m = F.dequantize_blockwise(state["state1"], absmax=state["absmax1"], code=state["qmap1"], blocksize=256)
     exact = opt32.state[plain]["exp_avg"]
     assert torch.mean(torch.abs(m - exact)) < 0.1 * torch.mean(torch.abs(exact)) + 0.02
+
+
+# ---------------------------------------------------------------- each class beside a reference of its own
+
+
+def run_beside(make_mine, make_reference, steps=20, n=4097, scale=0.01):
+    """f32, 32-bit state: parameters of both optimizers after the same gradients."""
+    g = torch.Generator().manual_seed(12)
+    start = torch.randn(n, generator=g) * 0.1
+    mine, theirs = params_of([start, start])
+    a, b = make_mine([mine]), make_reference([theirs])
+    for _ in range(steps):
+        mine.grad = torch.randn(n, generator=g) * scale
+        theirs.grad = mine.grad.clone()
+        a.step()
+        b.step()
+    assert torch.max(torch.abs(mine.data - start)) > 1e-4, "the parameter must have moved"
+    return mine.data, theirs.data
+
+
+MOMENTUM = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1}
+BESIDE_TORCH = [
+    (optim.AdamW, torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1}, {}),
+    (optim.LAMB, torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.1}, {"max_unorm": 0.0}),
+    (optim.LAMB, torch.optim.Adam, {"lr": 1e-3, "weight_decay": 0.1}, {"max_unorm": 0.0, "adam_w_mode": False}),
+    (optim.SGD, torch.optim.SGD, MOMENTUM, {}),
+    (optim.SGD, torch.optim.SGD, {**MOMENTUM, "dampening": 0.5}, {}),
+    (optim.SGD, torch.optim.SGD, {**MOMENTUM, "nesterov": True}, {}),
+    (optim.LARS, torch.optim.SGD, {**MOMENTUM, "nesterov": True}, {"max_unorm": 0.0}),
+    (optim.LARS, torch.optim.SGD, {**MOMENTUM, "dampening": 0.5}, {"max_unorm": 1e9}),
+    (optim.RMSprop, torch.optim.RMSprop, {"lr": 1e-3, "alpha": 0.9, "eps": 1e-6, "weight_decay": 0.1}, {}),
+    (optim.Adagrad, torch.optim.Adagrad, {"lr": 1e-2, "eps": 1e-6, "weight_decay": 0.1}, {}),
+]
+
+
+@pytest.mark.parametrize(("mine", "theirs", "common", "own"), BESIDE_TORCH)
+def test_beside_torch(mine, theirs, common, own):
+    a, b = run_beside(lambda ps: mine(ps, **common, **own), lambda ps: theirs(ps, **common))
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"dampening": 0.5}, {"nesterov": True}, {"max_unorm": 0.5}])
+def test_lars_beside_pytorch_lars(options):
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, **options}
+    a, b = run_beside(lambda ps: optim.LARS(ps, **options), lambda ps: optim.PytorchLARS(ps, **options))
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [{}, {"t_alpha": 10}, {"t_beta3": 10}, {"t_alpha": 30, "t_beta3": 10}])
+@pytest.mark.parametrize("name", ["AdEMAMix", "AdEMAMix32bit", "PagedAdEMAMix32bit"])
+def test_ademamix_beside_its_reference(name, schedule):
+    reference = optim.ademamix._ReferenceAdEMAMix
+    a, b = run_beside(lambda ps: getattr(optim, name)(ps, **schedule), lambda ps: reference(ps, **schedule))
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+class Formula(torch.optim.Optimizer):
+    """Lion and LAMB as their papers' update would be typed, in double."""
+
+    def __init__(self, params, kind, **values):
+        super().__init__(params, {"lr": 1e-3, "wd": 0.0, "bound": 0.0, "correct": True, **values})
+        self.kind, self.t, self.m, self.v = kind, 0, 0.0, 0.0
+
+    @torch.no_grad()
+    def step(self):
+        self.t += 1
+        (group,) = self.param_groups
+        (p,) = group["params"]
+        x, g = p.double(), p.grad.double()
+        if self.kind == "lion":
+            u = torch.sign(0.9 * self.m + 0.1 * g)
+            self.m = 0.99 * self.m + 0.01 * g
+        else:
+            self.m, self.v = 0.9 * self.m + 0.1 * g, 0.999 * self.v + 0.001 * g * g
+            c1, c2 = (1 - 0.9**self.t, 1 - 0.999**self.t) if group["correct"] else (1.0, 1.0)
+            u = (self.m / c1) / (torch.sqrt(self.v / c2) + 1e-8)
+        if group["bound"] > 0:
+            u = u * min(1.0, group["bound"] * x.norm().item() / u.norm().item())
+        p.copy_(x * (1 - group["lr"] * group["wd"]) - group["lr"] * u)
+
+
+FORMULAS = [
+    (optim.Lion, {"weight_decay": 0.1, "lr": 1e-4}, ("lion", {"wd": 0.1, "lr": 1e-4})),
+    (optim.LAMB, {"weight_decay": 0.1}, ("lamb", {"wd": 0.1, "bound": 1.0})),
+    (optim.LAMB, {"max_unorm": 0.1}, ("lamb", {"bound": 0.1})),
+    (optim.LAMB, {"max_unorm": 0.0, "bias_correction": False}, ("lamb", {"correct": False})),
+    (optim.LAMB32bit, {"max_unorm": 0.1, "bias_correction": False}, ("lamb", {"bound": 0.1, "correct": False})),
+]
+
+
+@pytest.mark.parametrize(("mine", "options", "formula"), FORMULAS)
+def test_beside_formula(mine, options, formula):
+    kind, values = formula
+    a, b = run_beside(lambda ps: mine(ps, **options), lambda ps: Formula(ps, kind, **values))
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
