@@ -90,7 +90,8 @@ def train(family, bits, pairs, held_out, nudge=0.0):
     with torch.no_grad():
         found = statistics.fmean(loss_of(model, inputs, targets).item() for inputs, targets in held_out)
     final = statistics.fmean(losses[-LAST:])
-    print(f"{family}{bits}bit: {losses[0]:.3f} -> {final:.4f}, {seconds:.1f} s", file=sys.stderr, flush=True)
+    name = f"{family}{bits}bit" + (", twin" if nudge else "")
+    print(f"{name}: {losses[0]:.3f} -> {final:.4f}, {seconds:.1f} s", file=sys.stderr, flush=True)
     return {"losses": losses, "final": final, "held_out": found, "state_bytes": state_bytes(optimizer)[1]}
 
 

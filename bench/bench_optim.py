@@ -22,8 +22,12 @@ FAMILIES = {
     "RMSprop": {"lr": 1e-5},
     "Adagrad": {"lr": 1e-5},
 }
-# (how many tensors, elements of each)
-MODELS = ((1000, 4096), (1000, 16384), (1000, 65536))
+# Name, and the elements of each tensor.  4096 is the smallest tensor with 8-bit state.
+MODELS = {
+    "1000 x 4 Ki": [4096] * 1000,
+    "1000 x 16 Ki": [16384] * 1000,
+    "500 x 768^2, 768": [768 * 768, 768] * 500,
+}
 
 
 def median_seconds(run):
@@ -41,11 +45,11 @@ def median_seconds(run):
     return statistics.median(samples)
 
 
-def parameters(count, elements, dtype):
-    """`count` parameters of `elements` values each, with gradients."""
+def parameters(sizes, dtype):
+    """Parameters of these numbers of elements, with gradients."""
     generator = torch.Generator().manual_seed(0)
     result = []
-    for _ in range(count):
+    for elements in sizes:
         p = torch.nn.Parameter(torch.randn(elements, generator=generator).to(dtype))
         p.grad = (0.01 * torch.randn(elements, generator=generator)).to(dtype)
         result.append(p)
@@ -59,21 +63,21 @@ def fused_adamw(params):
 
 def family_rows(elements, dtype):
     """One row per family and precision of state: ns per parameter of ours, and of torch's fused AdamW."""
-    torch_ns = median_seconds(fused_adamw(parameters(1, elements, dtype)).step) / elements * 1e9
+    torch_ns = median_seconds(fused_adamw(parameters([elements], dtype)).step) / elements * 1e9
     for family, arguments in FAMILIES.items():
         for bits in (8, 32):
-            optimizer = getattr(optim, f"{family}{bits}bit")(parameters(1, elements, dtype), **arguments)
+            optimizer = getattr(optim, f"{family}{bits}bit")(parameters([elements], dtype), **arguments)
             ns = median_seconds(optimizer.step) / elements * 1e9
             yield {"optimizer": family, "bits": bits, "ns": ns, "torch_ns": torch_ns}
 
 
 def model_rows():
     """Many small f32 tensors against one of the same total size: ms per step of each."""
-    for count, elements in MODELS:
+    for model, sizes in MODELS.items():
         for name, make in (("AdamW8bit", optim.AdamW8bit), ("AdamW32bit", optim.AdamW32bit), ("torch", fused_adamw)):
-            many = median_seconds(make(parameters(count, elements, torch.float32)).step) * 1e3
-            one = median_seconds(make(parameters(1, count * elements, torch.float32)).step) * 1e3
-            yield {"optimizer": name, "count": count, "elements": elements, "many_ms": many, "one_ms": one}
+            many = median_seconds(make(parameters(sizes, torch.float32)).step) * 1e3
+            one = median_seconds(make(parameters([sum(sizes)], torch.float32)).step) * 1e3
+            yield {"optimizer": name, "model": model, "many_ms": many, "one_ms": one}
 
 
 def compare(elements):
@@ -92,13 +96,13 @@ def compare(elements):
                     f"{row['torch_ns']:14.3f} {row['torch_ns'] / row['ns']:6.2f}",
                     flush=True,
                 )
-    print(f"{'optimizer':12} {'tensors':>14} {'threads':>7} {'ms/step':>8} {'as one tensor':>13} {'ratio':>6}")
+    print(f"{'optimizer':12} {'tensors':>16} {'threads':>7} {'ms/step':>8} {'as one tensor':>13} {'ratio':>6}")
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for row in model_rows():
             found["models"].append(row | {"threads": threads})
             print(
-                f"{row['optimizer']:12} {row['count']:6} x {row['elements']:5} {threads:7} {row['many_ms']:8.2f} "
+                f"{row['optimizer']:12} {row['model']:>16} {threads:7} {row['many_ms']:8.2f} "
                 f"{row['one_ms']:13.2f} {row['many_ms'] / row['one_ms']:6.2f}",
                 flush=True,
             )

@@ -24,7 +24,18 @@ struct optim_block {
 /* What the blocks of one call share. */
 struct optim_shared {
     struct rule_scalars scalars;
-    struct encoder8 encoder[2];
+    struct encoder8 encoder1, encoder2; /* of state 0 and 2, and of state 1 */
+};
+
+/*
+ * Where a block is worked on: p and g where they are not 256 values of f32, decoded state, and state where the block is
+ * short.  The first four arrays fill 4096 bytes: the same element of two of them never has the same low address bits,
+ * which would hold up loads behind stores.
+ */
+struct optim_copy {
+    float p[OPTIM_BLOCK], g[OPTIM_BLOCK];
+    float decoded[BNB_MAX_STATES][OPTIM_BLOCK];
+    float state[BNB_MAX_STATES][OPTIM_BLOCK];
 };
 
 static ALWAYS_INLINE int map_of_state(int k) { return k == 1; }
@@ -66,23 +77,28 @@ static ALWAYS_INLINE void encode_state(const float *state, float absmax, const s
     }
 }
 
+/* The states of a block in f32, where they are, and the scale of each. */
+struct optim_values {
+    float *at[BNB_MAX_STATES];
+    vf scale[BNB_MAX_STATES], largest[BNB_MAX_STATES];
+};
+
 /* Old states of one vector: decoded codes times their scale, or plain values. */
-static ALWAYS_INLINE void load_states(struct rule_state *x, int states, int bits, float *const value[],
-                                      const vf scale[], int i)
+static ALWAYS_INLINE void load_states(struct rule_state *x, int states, int bits, const struct optim_values *v, int i)
 {
     for (int k = 0; k < states; k++) {
-        const vf stored = vf_load_f32(value[k] + i);
-        x->s[k] = bits == 8 ? vf_mul(stored, scale[k]) : stored;
+        const vf stored = vf_load_f32(v->at[k] + i);
+        x->s[k] = bits == 8 ? vf_mul(stored, v->scale[k]) : stored;
     }
 }
 
-/* Decode 8-bit state into `decoded`; value[k] is then where the 256 values of state k are. */
+/* Decode 8-bit state into `decoded`; 32-bit state is used where it is. */
 static ALWAYS_INLINE void decode_states(const struct optim_block *b, const struct bnb_optim_args *a, int states,
-                                        int bits, float decoded[][OPTIM_BLOCK], float *value[], vf scale[])
+                                        int bits, float decoded[][OPTIM_BLOCK], struct optim_values *v)
 {
     for (int k = 0; k < states; k++) {
-        scale[k] = bits == 8 ? vf_set(*b->absmax[k]) : vf_set(1.0f);
-        value[k] = bits == 8 ? decoded[k] : (float *)b->state[k];
+        v->scale[k] = bits == 8 ? vf_set(*b->absmax[k]) : vf_set(1.0f);
+        v->at[k] = bits == 8 ? decoded[k] : (float *)b->state[k];
         if (bits == 8)
             look_up_f32(a->map[map_of_state(k)].code, b->state[k], OPTIM_BLOCK, decoded[k]);
         for (int i = b->n; bits == 8 && i < OPTIM_BLOCK; i++)
@@ -90,30 +106,51 @@ static ALWAYS_INLINE void decode_states(const struct optim_block *b, const struc
     }
 }
 
-static ALWAYS_INLINE void update_block(const struct optim_block *b, const struct bnb_optim_args *a, int rule, int bits,
-                                       const struct optim_shared *shared)
+static ALWAYS_INLINE void update_values(const struct optim_block *b, struct optim_values *v, int rule, int bits,
+                                        bool plain, const struct rule_scalars *scalars)
 {
     const int states = rule_states(rule);
-    float decoded[BNB_MAX_STATES][OPTIM_BLOCK], *value[BNB_MAX_STATES];
-    vf scale[BNB_MAX_STATES], largest[BNB_MAX_STATES];
-    decode_states(b, a, states, bits, decoded, value, scale);
+    vf largest[BNB_MAX_STATES];
     for (int k = 0; k < states; k++)
         largest[k] = vf_set(0.0f);
     for (int i = 0; i < OPTIM_BLOCK; i += VF_LANES) {
         struct rule_state x = {.p = vf_load_f32(b->p + i)};
-        load_states(&x, states, bits, value, scale, i);
-        rule_step(rule, bits, vf_load_f32(b->g + i), &x, &shared->scalars);
+        load_states(&x, states, bits, v, i);
+        rule_step(rule, bits, plain, vf_load_f32(b->g + i), &x, scalars);
         vf_store_f32(b->p + i, x.p);
         for (int k = 0; k < states; k++) {
-            vf_store_f32(value[k] + i, x.s[k]);
+            vf_store_f32(v->at[k] + i, x.s[k]);
             largest[k] = vf_max(vf_abs(x.s[k]), largest[k]);
         }
     }
-    for (int k = 0; k < states && bits == 8; k++) {
-        *b->absmax[k] = vf_hmax(largest[k]);
-        encode_state(value[k], *b->absmax[k], &a->map[map_of_state(k)], &shared->encoder[map_of_state(k)],
-                     rule_is_signed(rule, k), b->state[k]);
-    }
+    for (int k = 0; k < states; k++)
+        v->largest[k] = largest[k];
+}
+
+static ALWAYS_INLINE void encode_one(const struct optim_block *b, const struct bnb_optim_args *a, int rule, int k,
+                                     const struct optim_values *v, const struct encoder8 *e)
+{
+    *b->absmax[k] = vf_hmax(v->largest[k]);
+    encode_state(v->at[k], *b->absmax[k], &a->map[map_of_state(k)], e, rule_is_signed(rule, k), b->state[k]);
+}
+
+static ALWAYS_INLINE void update_block(const struct optim_block *b, const struct bnb_optim_args *a, int rule, int bits,
+                                       const struct optim_shared *shared, struct optim_copy *copy)
+{
+    struct optim_values v;
+    decode_states(b, a, rule_states(rule), bits, copy->decoded, &v);
+    if (rule_is_plain(&shared->scalars))
+        update_values(b, &v, rule, bits, true, &shared->scalars);
+    else
+        update_values(b, &v, rule, bits, false, &shared->scalars);
+    if (bits != 8)
+        return;
+    /* no loop: the tables of the encoders stay in registers only where the index is known early */
+    encode_one(b, a, rule, 0, &v, &shared->encoder1);
+    if (rule_states(rule) > 1)
+        encode_one(b, a, rule, 1, &v, &shared->encoder2);
+    if (rule_states(rule) > 2)
+        encode_one(b, a, rule, 2, &v, &shared->encoder1);
 }
 
 /* ---- blocks in storage */
@@ -149,12 +186,6 @@ static ALWAYS_INLINE void narrow(const struct bnb_optim_args *a, int64_t block, 
     else
         narrow_bf16(x, n, out);
 }
-
-/* Local copies of one block: of p and g where they are not 256 values of f32, of state where the block is short. */
-struct optim_copy {
-    float p[OPTIM_BLOCK], g[OPTIM_BLOCK];
-    float state[BNB_MAX_STATES][OPTIM_BLOCK];
-};
 
 static ALWAYS_INLINE char *at(const void *base, int64_t i, int64_t size) { return (char *)(uintptr_t)base + i * size; }
 
@@ -202,14 +233,14 @@ static ALWAYS_INLINE void update_blocks(const struct bnb_optim_args *a, int64_t 
 {
     const int states = rule_states(rule);
     struct optim_shared shared = {.scalars = rule_load(&a->s)};
-    struct optim_copy copy;
+    _Alignas(64) struct optim_copy copy;
     if (bits == 8)
-        shared.encoder[0] = encoder8_load(&a->map[0], kind1);
+        shared.encoder1 = encoder8_load(&a->map[0], kind1);
     if (bits == 8 && states > 1)
-        shared.encoder[1] = encoder8_load(&a->map[1], kind2);
+        shared.encoder2 = encoder8_load(&a->map[1], kind2);
     for (int64_t i = first; i < end; i++) {
         const struct optim_block b = open_block(a, i, states, bits, &copy);
-        update_block(&b, a, rule, bits, &shared);
+        update_block(&b, a, rule, bits, &shared, &copy);
         close_block(a, i, states, bits, &copy);
     }
 }
@@ -235,16 +266,16 @@ static ALWAYS_INLINE void measure_blocks(const struct bnb_optim_args *a, int64_t
 {
     const int states = rule_states(rule);
     const struct rule_scalars scalars = rule_load(&a->s);
-    struct optim_copy copy;
+    _Alignas(64) struct optim_copy copy;
     for (int64_t index = first; index < end; index++) {
         const struct optim_block b = open_block(a, index, states, bits, &copy);
-        float decoded[BNB_MAX_STATES][OPTIM_BLOCK], *value[BNB_MAX_STATES], u[OPTIM_BLOCK];
-        vf scale[BNB_MAX_STATES];
-        decode_states(&b, a, states, bits, decoded, value, scale);
+        struct optim_values v;
+        float u[OPTIM_BLOCK];
+        decode_states(&b, a, states, bits, copy.decoded, &v);
         for (int i = 0; i < OPTIM_BLOCK; i += VF_LANES) {
             struct rule_state x = {.p = vf_load_f32(b.p + i)};
-            load_states(&x, states, bits, value, scale, i);
-            rule_step(rule, bits, vf_load_f32(b.g + i), &x, &scalars);
+            load_states(&x, states, bits, &v, i);
+            rule_step(rule, bits, false, vf_load_f32(b.g + i), &x, &scalars);
             vf_store_f32(u + i, x.u);
         }
         for (int i = b.n; i < OPTIM_BLOCK; i++)

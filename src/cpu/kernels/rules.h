@@ -64,10 +64,11 @@ static ALWAYS_INLINE vf sign_of(vf x)
 }
 
 /* New states and direction; gradient is the raw one.  NUMERICS rules 20 and 21 give the equations. */
-static ALWAYS_INLINE void rule_update(int rule, vf gradient, struct rule_state *x, const struct rule_scalars *k)
+static ALWAYS_INLINE void rule_update(int rule, vf gradient, struct rule_state *x, const struct rule_scalars *k,
+                                      bool plain)
 {
     vf g = vf_mul(gradient, k->gnorm_scale);
-    if (k->is_coupled)
+    if (!plain && k->is_coupled)
         g = vf_add(g, vf_mul(k->coupled, x->p));
     switch (rule) {
     case BNB_RULE_ADAM:
@@ -116,15 +117,19 @@ static ALWAYS_INLINE void rule_drop_infinite(int rule, vf p, struct rule_state *
         x->s[k] = vf_where(finite, x->s[k]);
 }
 
-/* One update of one vector, as it is before anything is rounded to storage. */
-static ALWAYS_INLINE void rule_step(int rule, int bits, vf gradient, struct rule_state *x, const struct rule_scalars *k)
+/* Neither coupled decay nor skip_zeros: the usual case, of which the compiler makes a loop without branches. */
+static ALWAYS_INLINE bool rule_is_plain(const struct rule_scalars *k) { return !k->is_coupled && !k->skip_zeros; }
+
+/* One update of one vector, as it is before anything is rounded to storage.  `plain`, a constant: see above. */
+static ALWAYS_INLINE void rule_step(int rule, int bits, bool plain, vf gradient, struct rule_state *x,
+                                    const struct rule_scalars *k)
 {
     const struct rule_state before = *x;
-    rule_update(rule, gradient, x, k);
+    rule_update(rule, gradient, x, k, plain);
     x->p = vf_add(vf_mul(x->p, k->decay), vf_mul(k->step_size, x->u));
     if (bits == 8)
         rule_drop_infinite(rule, before.p, x);
-    if (k->skip_zeros)
+    if (!plain && k->skip_zeros)
         rule_keep(rule, vf_eq(gradient, vf_set(0.0f)), &before, x);
 }
 
