@@ -399,10 +399,30 @@ def test_optimizer_updates_work_in_place_and_return_none():
     assert torch.allclose(a1, torch.stack([m[:256].abs().max(), m[256:].abs().max()]))
 
 
-def test_trust_clipping_is_refused():
-    x = torch.zeros(4)
-    with pytest.raises(NotImplementedError, match="max_unorm is 1"):
-        F.optimizer_update_32bit("adam", x, x.clone(), x.clone(), 0.9, 1e-8, 1, 1e-2, x.clone(), 0.9, max_unorm=1.0)
+def test_trust_clipping():
+    """The step is bounded by the norm of p, and unorm_vec receives the sum of squares of the update."""
+    p, g, unorm = torch.full((4,), 3.0), torch.full((4,), 0.5), torch.zeros(1)
+    states = torch.zeros(4), torch.zeros(4)
+    F.optimizer_update_32bit(
+        *("adam", g, p, states[0], 0.9, 0.0, 1, 0.5, states[1], 0.9), max_unorm=0.1, unorm_vec=unorm
+    )
+    assert torch.allclose(unorm, torch.tensor(4.0))  # u is 1 everywhere
+    assert torch.allclose(p, torch.full((4,), 3.0 - 0.5 * 0.1 * 6.0 / 2.0))
+
+
+def test_percentile_clipping():
+    history = torch.zeros(100)
+    for step, size in enumerate((2.0, 2.0, 20.0), 1):
+        norm, limit, scale = F.percentile_clipping(torch.full((4,), size / 2), history, step, percentile=50)
+        assert norm == size
+        assert limit == 2.0
+        assert torch.allclose(scale, torch.tensor(2.0 / size))
+    assert history[3] == 400.0
+    assert history[:3].eq(4.0).all()
+    assert history[4:].eq(4.0).all()
+    for bad in ({"percentile": 100}, {"percentile": -1}, {"step": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            F.percentile_clipping(**({"grad": torch.ones(4), "gnorm_vec": history, "step": 4} | bad))
 
 
 def test_everything_public_exists():
