@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
 import bitsandbytes as bnb
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
 
 # name -> (class, bits of the state)
 NAMES = {
