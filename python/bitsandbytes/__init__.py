@@ -10,7 +10,7 @@ the first call that needs it raises RuntimeError with the reason.
 """
 
 from . import cextension, _ops, _ops_gemm  # isort: skip  (checks torch, defines the operators before they are used)
-from . import functional, nn, optim, utils
+from . import backends, consts, cuda_specs, functional, gone, nn, optim, utils
 from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .nn import modules
 from .optim import adam
@@ -39,3 +39,14 @@ __version__ = _find_version()
 # Clients probe these two: use without CUDA is allowed, and on which devices.
 features = {"multi_backend"}
 supported_torch_devices = {"cpu", "cuda"}
+
+# For pdoc: names that its pages leave out.
+__pdoc__ = {"libbitsandbytes": False, "optim.optimizer.MockArgs": False}
+
+
+def __getattr__(name):
+    """Names of old releases: where they live now (legacy.py), or AttributeError with the alternative."""
+    return gone.find(__name__, name)
+
+
+backends.load()

@@ -86,8 +86,21 @@ def _open():
 
 lib = _open()
 
+# What clients and tests ask about the build.  There is no build for ROCm.
 HIP_ENVIRONMENT = False
+ROCM_GPU_ARCH = "unknown"
+ROCM_WARP_SIZE_64 = False
 BNB_BACKEND = "CUDA" if lib.compiled_with_cuda and torch.cuda.is_available() else "CPU"
+
+
+def get_cuda_bnb_library_path(cuda_specs=None):
+    """`library_path`: one file serves every CUDA version, so cuda_specs (cuda_specs.CUDASpecs) decides nothing."""
+    return library_path
+
+
+def _find_cuda_libs():
+    """The native libraries that could be chosen: [library_path], or [] if the file is missing."""
+    return [library_path] if library_path.is_file() else []
 
 
 def last_status():

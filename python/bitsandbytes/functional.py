@@ -9,7 +9,8 @@ import ctypes
 
 import torch
 
-from . import _ops
+from . import _ops, gone
+from .cextension import lib
 from .codebooks import (
     create_dynamic_map,
     create_fp8_map,
@@ -18,10 +19,11 @@ from .codebooks import (
     create_quantile_map,
     default_map,
     estimate_quantiles,
-    fill,
     get_4bit_type,
     name2qmap,
 )
+from .codebooks import fill as _fill
+from .igemm import batched_igemm, check_matmul, igemm
 from .int8 import (
     int8_double_quant,
     int8_linear_matmul,
@@ -29,10 +31,27 @@ from .int8 import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
+from .managed import (
+    FIRST_CUDA_DEVICE,
+    CUBLAS_Context,
+    GlobalPageManager,
+    _mul,
+    elementwise_func,
+    fill,
+    get_paged,
+    prefetch_tensor,
+)
 from .quant_state import QuantState
 
 __all__ = [
+    "FIRST_CUDA_DEVICE",
+    "C",
+    "CUBLAS_Context",
+    "GlobalPageManager",
     "QuantState",
+    "_mul",
+    "batched_igemm",
+    "check_matmul",
     "create_dynamic_map",
     "create_fp8_map",
     "create_linear_map",
@@ -42,20 +61,26 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "elementwise_func",
     "estimate_quantiles",
+    "fill",
     "gemv_4bit",
     "get_4bit_type",
+    "get_paged",
     "get_ptr",
+    "igemm",
     "int8_double_quant",
     "int8_linear_matmul",
     "int8_mm_dequant",
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
     "is_on_gpu",
+    "lib",
     "name2qmap",
     "optimizer_update_8bit_blockwise",
     "optimizer_update_32bit",
     "percentile_clipping",
+    "prefetch_tensor",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",
@@ -65,6 +90,12 @@ __all__ = [
 _bnb = torch.ops.bitsandbytes
 NESTED_BLOCKSIZE = 256  # of the scales of a 4-bit tensor: part of the checkpoint format
 DEFAULT_BLOCKSIZE_4BIT = 64
+C = 127.0  # the largest int8 code of LLM.int8()
+
+
+def __getattr__(name):
+    """Functions of old releases (legacy.py) and conversions (cpu_layout.py), loaded when asked for."""
+    return gone.find(__name__, name)
 
 
 def get_ptr(A):
@@ -102,8 +133,8 @@ def _plain_absmax(state):
 def _hand_over(codes, state, out, absmax):
     """Finish a quantiser: fill the caller's `out` and `absmax`, if given, and return (codes, state)."""
     if absmax is not None:
-        state.absmax = fill("absmax", absmax, state.absmax)
-    return codes if out is None else fill("out", out, codes), state
+        state.absmax = _fill("absmax", absmax, state.absmax)
+    return codes if out is None else _fill("out", out, codes), state
 
 
 def quantize_blockwise(A, code=None, absmax=None, out=None, blocksize=4096, nested=False):
@@ -273,7 +304,7 @@ def gemv_4bit(A, B, out=None, transposed_A=False, transposed_B=False, state=None
     if state is None:
         raise ValueError("gemv_4bit: state is None, expected the QuantState of B")
     result = _ops.call(_bnb._linear_4bit.default, A, B, *weight_arguments("gemv_4bit", state), None, False)
-    return result if out is None else fill("out", out, result)
+    return result if out is None else _fill("out", out, result)
 
 
 def optimizer_update_32bit(

@@ -10,6 +10,10 @@ import subprocess
 
 import torch
 
+from .outliers import OutlierTracer as OutlierTracer
+from .outliers import find_outlier_dims as find_outlier_dims
+from .outliers import outlier_hook as outlier_hook
+
 # How checkpoints number the layouts of an int8 weight; all but the first are of old releases.
 LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {"row": 0, "col32": 1, "col_turing": 2, "col_ampere": 3}
 INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = dict(enumerate(LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import _ops
+from .. import _ops, gone
 from ..codebooks import fill
 from ..functional import dequantize_4bit, int8_vectorwise_quant, weight_arguments
 
@@ -304,3 +304,7 @@ class GlobalOutlierPooler:
     def get_current_outlier_idx(self):
         """All columns so far: int64 [count], ascending, on the CPU."""
         return torch.tensor(sorted(self.outliers), dtype=torch.int64)
+
+
+def __getattr__(name):
+    return gone.find(__name__, name)

@@ -149,7 +149,7 @@ class Linear4bit(QuantizedLinear):
             statistics = {key: value.clone() for key, value in statistics.items()}
         loaded = Params4bit.from_prequantized(weight, statistics, device=device)
         shape = tuple(loaded.quant_state.shape)
-        expected = self.out_features, self.in_features
+        expected = self._table_shape
         if shape != expected:
             raise ValueError(f"size mismatch: the checkpoint has {shape}, expected {expected}")
         if stays:

@@ -1,4 +1,4 @@
-"""What Linear4bit and Linear8bitLt share: a weight of a class of its own that survives moves, loading and replacement.
+"""What the quantised layers share: a weight of a class of its own that survives moves, loading and replacement.
 
 torch.nn.Module moves a parameter by replacing its data, and loads a checkpoint by copying into it or by putting a plain
 Parameter in its place.  A quantised weight also has statistics, which must follow; the subclass takes care of those in
@@ -23,8 +23,13 @@ def warn_once(text):
         logger.warning(text)
 
 
-class QuantizedLinear(nn.Linear):
-    """nn.Linear over a parameter that carries statistics. For subclasses; see _follow() and _take()."""
+class QuantizedModule(nn.Module):
+    """A module over one parameter `weight` that carries statistics, to be mixed in before nn.Linear or nn.Embedding.
+
+    For subclasses; see _follow(), _take() and _table_shape.
+    """
+
+    _table_shape = None  # (rows, columns) of the unquantised weight: a property of the subclass
 
     def _follow(self):
         """Bring everything that belongs to the weight to where the weight is now."""
@@ -80,8 +85,8 @@ class QuantizedLinear(nn.Linear):
         raise NotImplementedError
 
     def _fits(self, weight):
-        """True for an unquantised weight of this layer: float [out, in]."""
-        return weight.is_floating_point() and tuple(weight.shape) == (self.out_features, self.in_features)
+        """True for an unquantised weight of this layer: float [rows, columns]."""
+        return weight.is_floating_point() and tuple(weight.shape) == self._table_shape
 
     def _takes_float(self, weight, quantised, assign):
         """True if a float weight needs the subclass: to be quantised, or to be assigned as a parameter of its class.
@@ -89,3 +94,9 @@ class QuantizedLinear(nn.Linear):
         Where load hooks are registered, quantising is theirs.
         """
         return self._fits(weight) and (quantised or assign) and not self._load_state_dict_pre_hooks
+
+
+class QuantizedLinear(QuantizedModule, nn.Linear):
+    """nn.Linear over a parameter that carries statistics. For subclasses."""
+
+    _table_shape = property(lambda self: (self.out_features, self.in_features))

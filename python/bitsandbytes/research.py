@@ -1,0 +1,5 @@
+"""Gone: importing this module raises ImportError with the alternative."""
+
+from . import gone
+
+raise ImportError(gone.text("bitsandbytes", "research"))
