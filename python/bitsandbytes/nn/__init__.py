@@ -1,6 +1,8 @@
 """Modules: linear layers and embeddings over 4-bit and int8 weights, and embeddings for training."""
 
 from .. import gone
+from . import experts, parametrize
+from .experts import quantize_experts
 from .modules import (
     Embedding,
     Embedding4bit,
@@ -31,6 +33,9 @@ __all__ = [
     "OutlierAwareLinear",
     "Params4bit",
     "StableEmbedding",
+    "experts",
+    "parametrize",
+    "quantize_experts",
 ]
 
 
