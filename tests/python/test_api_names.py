@@ -316,16 +316,18 @@ def register():
     calls += 1
     bnb.functional, bnb.nn, bnb.optim, bnb.__version__
 
-    @bnb._ops.register_kernel("bitsandbytes::int8_linear_matmul", "meta")
+    @bnb._ops.register_kernel("bitsandbytes::int8_linear_matmul", "mtia")
     def kernel(A, B):
         return A.new_empty((1, 2, 3), dtype=torch.int32)
 """
     backend(tmp_path, body)
     code = (
-        "import torch, bitsandbytes, third_party; x = torch.empty(4, 4, dtype=torch.int8, device='meta')\n"
-        "print(third_party.calls, tuple(bitsandbytes.functional.int8_linear_matmul(x, x).shape))"
+        "import torch, bitsandbytes, third_party\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "print(third_party.calls, has('bitsandbytes::int8_linear_matmul', 'MTIA'),"
+        " has('bitsandbytes::int8_scaled_mm', 'MTIA'))"
     )
-    assert python(code, tmp_path) == (0, "1 (1, 2, 3)\n", "")
+    assert python(code, tmp_path) == (0, "1 True False\n", "")
 
 
 @pytest.mark.parametrize(
