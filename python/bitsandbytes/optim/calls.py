@@ -32,11 +32,15 @@ class Call:
         self.states.append(state)
         self.ordinals.append(ordinal)
 
-    def close(self):
-        """All parameters are in: make the lists that stay."""
+    def close(self, shared):
+        """All parameters are in: make the lists that stay. shared: the maps of 8-bit state without maps of its own."""
+        if not self.qmaps and any("qmap1" in state for state in self.states):
+            self.qmaps = list(shared)
         self.sharded = any(sharding.is_dtensor(p) for p in self.params)
-        self.kept = [(key, [state for state in self.states if key in state]) for key in _LISTS]
-        self.kept = [(itemgetter(key), states, [state[key] for state in states]) for key, states in self.kept]
+        self.kept = []
+        for key in _LISTS:
+            states = [state for state in self.states if key in state]
+            self.kept.append((itemgetter(key), states, [state[key] for state in states]))
 
     def is_current(self, of):
         """Are states and their tensors still the objects of the lists? of: parameter -> state."""

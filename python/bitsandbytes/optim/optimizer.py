@@ -111,7 +111,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             for call in plan.calls
         ]
         for call, settings in calls:
-            self._prepare(call, settings)
+            call.ready_for(settings)
         for call, settings in calls:
             self._update(call, settings)
         return loss
@@ -159,7 +159,7 @@ class _BlockwiseOptimizer(Optimizer8bit):
                 calls[key] = Call(self.optimizer_name, own, maps)
             calls[key].add(p, state, i)
         for call in calls.values():
-            call.close()
+            call.close(self._maps.get(call.params[0].device, ()))
         return list(calls.values())
 
     def _call_key(self, group, own):
@@ -209,12 +209,6 @@ class _BlockwiseOptimizer(Optimizer8bit):
             signed = [cextension.lib.bnb_optim_is_signed(row, i) for i in range(self._states)]
             self._maps[p.device] = tuple(default_map("dynamic" if each else "udynamic", p).clone() for each in signed)
         return self._maps[p.device]
-
-    def _prepare(self, call, settings):
-        """Give a call and its states what the settings ask for: maps, histories, and the kind of counter."""
-        if not call.qmaps and any("qmap1" in state for state in call.states):
-            call.qmaps = list(self._maps[call.params[0].device])
-        call.ready_for(settings)
 
     def _update(self, call, settings):
         try:
