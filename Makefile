@@ -19,7 +19,8 @@ PYTHON ?= python3
 VENV ?= .venv$(if $(filter $(PINNED_TORCH),$(TORCH)),,-torch$(TORCH))
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 FUZZ_SECONDS ?= 20
-UPSTREAM_TESTS ?= test_optim.py
+UPSTREAM_TESTS ?= test_functional.py test_ops.py test_linear4bit.py test_linear8bitlt.py test_modules.py \
+    test_parametrize.py test_autograd.py test_optim.py
 
 PIP := -m pip --disable-pip-version-check
 PIP_SELF := --no-build-isolation --no-deps
