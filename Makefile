@@ -95,7 +95,7 @@ lint: $(ENV)/lint.stamp ## layout, warnings, static analysis, layers, exported s
 	$(PY) tools/check_tree.py
 	$(PY) tools/check_includes.py
 	$(call cmake_build,lint,-DBNB_WERROR=ON)
-	$(PY) tools/check_symbols.py build/lint/libbitsandbytes.so include/bitsandbytes.h
+	$(PY) tools/check_symbols.py build/lint/libbitsandbytes.so include/bitsandbytes.h src/clients/ctypes.h
 	find src examples -name '*.c' -print0 | xargs -0 -n 1 -P $(JOBS) clang-tidy -p build/lint --quiet
 	if command -v clang >/dev/null; then \
 	    $(call cmake_build,lint-clang,-DBNB_WERROR=ON -DCMAKE_C_COMPILER=clang); \

@@ -100,6 +100,10 @@ typedef struct bnb_exec {
  * variable BNB_CPU_ISA may name a lesser one. */
 BNB_API const char *bnb_cpu_isa(void);
 
+/* Where the memory at `ptr` is, for a caller who was given an address alone: an address that the CUDA driver does not
+ * know, and every address if no CUDA driver is loaded, is the CPU's (ordinal 0).  BNB_EINVAL if an argument is NULL. */
+BNB_API bnb_status bnb_pointer_device(const void *ptr, bnb_device *device, int *ordinal);
+
 /* ---------------------------------------------------------------- codebooks */
 
 /*
@@ -139,6 +143,10 @@ typedef enum bnb_type4 {
 
 /* The 16 values of a 4-bit type, divided by their largest magnitude, in code order. */
 BNB_API bnb_status bnb_get_4bit_map(bnb_type4 type, float map[16]);
+
+/* The inverse, for the types that have a quantiser: NF4 or FP4, whichever has exactly these values, in host memory.
+ * BNB_ENOTSUP if neither has. */
+BNB_API bnb_status bnb_find_4bit_map(const float map[16], bnb_type4 *type);
 
 /*
  * bnb_estimate_quantiles() - exact order statistics of n values

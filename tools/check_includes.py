@@ -19,6 +19,7 @@ ROWS = (
     ("src/cpu", (PUBLIC, *SHARED, "cpu/")),
     ("src/cuda", (PUBLIC, *SHARED, "cuda/")),
     ("src/torch", (PUBLIC, "torch/")),
+    ("src/clients", (PUBLIC, "clients/")),
     ("src/cli", (PUBLIC, "cli/")),
     ("src/core", (PUBLIC, "core/")),
     ("examples", (PUBLIC,)),

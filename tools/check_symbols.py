@@ -1,6 +1,6 @@
-"""Checks that a shared library exports what bitsandbytes.h declares, the entry point for torch, and nothing else.
+"""Checks that a shared library exports what its headers declare, the entry point for torch, and nothing else.
 
-Usage: check_symbols.py LIBRARY HEADER. Exit status 1 with one line per missing or extra symbol.
+Usage: check_symbols.py LIBRARY HEADER... Exit status 1 with one line per missing or extra symbol.
 """
 
 import re
@@ -15,16 +15,16 @@ TORCH_ENTRY = {"bnb_torch_register"}
 def declared(header):
     """The functions that the header marks BNB_API."""
     text = re.sub(r"/\*.*?\*/", "", Path(header).read_text(), flags=re.S)
-    return set(re.findall(r"^BNB_API\b[^;()]*?\b(bnb_\w+)\s*\(", text, flags=re.M))
+    return set(re.findall(r"^BNB_API\b[^;()]*?\b(\w+)\s*\(", text, flags=re.M))
 
 
-def main(library, header):
-    wanted = declared(header) | TORCH_ENTRY
+def main(library, *headers):
+    wanted = TORCH_ENTRY.union(*map(declared, headers))
     found = set(exported_symbols(library))
     for name in sorted(wanted - found):
-        print(f"{library}: {name} is declared in {header} but not exported")
+        print(f"{library}: {name} is declared in a header but not exported")
     for name in sorted(found - wanted):
-        print(f"{library}: {name} is exported but not declared in {header}")
+        print(f"{library}: {name} is exported but not declared in {' or '.join(headers)}")
     if wanted != found:
         return 1
     print(f"symbols: {len(found)} exported, all declared")

@@ -12,11 +12,13 @@ load_error      why there is no library, with advice; None when there is one
 import ctypes
 import os
 import pathlib
+from types import ModuleType
+from typing import Any
 
 _OLDEST_TORCH = (2, 10)
 
 
-def _require_torch():
+def _require_torch() -> ModuleType:
     """Raise ImportError, naming the versions found and needed, unless a torch that is new enough can be imported."""
     needed = ".".join(map(str, _OLDEST_TORCH))
     try:
@@ -35,6 +37,13 @@ library_path = pathlib.Path(os.environ.get("BNB_LIBRARY") or pathlib.Path(__file
 load_error = None
 
 
+def _raise_failure(status: int | None, function: Any, arguments: tuple) -> int | None:
+    """What ctypes calls with the result of a client's function: RuntimeError, with the library's text, for a failure."""
+    if status:
+        raise RuntimeError(f"{function.__name__}: {last_detail()}")
+    return status
+
+
 class _Library:
     """The functions of libbitsandbytes.so as attributes (ctypes functions).
 
@@ -44,23 +53,25 @@ class _Library:
 
     compiled_with_cuda = False
 
-    def __init__(self, handle):
+    def __init__(self, handle: ctypes.CDLL | None) -> None:
         self._handle = handle
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         function = getattr(self._handle, name, None) if self._handle is not None else None
         if function is None:
 
-            def function(*args, **kwargs):
+            def function(*args: object, **kwargs: object) -> None:
                 raise RuntimeError(load_error or f"{name} is not available in {library_path}")
 
+        elif not name.startswith("bnb_"):  # one of those that clients bind past this package
+            function.errcheck = _raise_failure
         setattr(self, name, function)
         return function
 
 
-def _give_up(reason):
+def _give_up(reason: object) -> None:
     """Note why the library cannot be used; later calls raise this text."""
     global load_error
     load_error = (
@@ -70,7 +81,7 @@ def _give_up(reason):
     )
 
 
-def _open():
+def _open() -> _Library:
     try:
         handle = ctypes.CDLL(str(library_path))
     except OSError as error:
@@ -93,32 +104,32 @@ ROCM_WARP_SIZE_64 = False
 BNB_BACKEND = "CUDA" if lib.compiled_with_cuda and torch.cuda.is_available() else "CPU"
 
 
-def get_cuda_bnb_library_path(cuda_specs=None):
+def get_cuda_bnb_library_path(cuda_specs: object = None) -> pathlib.Path:
     """`library_path`: one file serves every CUDA version, so cuda_specs (cuda_specs.CUDASpecs) decides nothing."""
     return library_path
 
 
-def _find_cuda_libs():
+def _find_cuda_libs() -> list[pathlib.Path]:
     """The native libraries that could be chosen: [library_path], or [] if the file is missing."""
     return [library_path] if library_path.is_file() else []
 
 
-def last_status():
+def last_status() -> int:
     """The bnb_status (int) of the last failing call on this thread; 0 before the first failure."""
     return lib.bnb_last_status()
 
 
-def last_detail():
+def last_detail() -> str:
     """What the last failing call on this thread said (str); "" before the first failure."""
     return lib.bnb_detail().decode(errors="replace")
 
 
-def library_version():
+def library_version() -> str:
     """The version of the loaded library (str). RuntimeError when there is none."""
     return lib.bnb_version().decode()
 
 
-def register_operators():
+def register_operators() -> None:
     """Give the library's kernels to torch's dispatcher. Once, after the schemas are defined; failure: `load_error`."""
     if load_error is not None:
         return
@@ -132,7 +143,7 @@ def register_operators():
         _give_up(last_detail())
 
 
-def optimizer_row(name):
+def optimizer_row(name: str) -> int:
     """The row of the optimizer table that has this name (int). ValueError if none has."""
     row = 0
     while (found := lib.bnb_optim_name(row)) is not None:

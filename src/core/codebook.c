@@ -241,3 +241,22 @@ bnb_status bnb_get_4bit_map(bnb_type4 type, float map[16])
     memcpy(map, values, 16 * sizeof map[0]);
     return BNB_OK;
 }
+
+bnb_status bnb_find_4bit_map(const float map[16], bnb_type4 *type)
+{
+    const char *f = "find_4bit_map";
+    static const bnb_type4 types[] = {BNB_NF4, BNB_FP4};
+    if (!map || !type)
+        return bnb_fail(BNB_EINVAL, "%s: %s is NULL", f, map ? "type" : "map");
+    for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
+        const float *values = bnb_map4(types[t]);
+        bool same = true;
+        for (int i = 0; i < 16; i++)
+            same = same && map[i] >= values[i] && map[i] <= values[i]; /* +0 and -0 are one value, NaN none */
+        if (same) {
+            *type = types[t];
+            return BNB_OK;
+        }
+    }
+    return bnb_fail(BNB_ENOTSUP, "%s: map has the values of another type, expected those of NF4 or FP4", f);
+}

@@ -50,6 +50,9 @@ extern const struct bnb_device_ops bnb_cpu_device;
 /* The table of ex's device, or NULL after bnb_fail(): unknown device, a struct of an unknown size. */
 const struct bnb_device_ops *bnb_device_of(const bnb_exec *ex, const char *function);
 
+/* Whether a CUDA driver that this process has loaded knows `ptr` as memory of a device; then its ordinal. */
+bool bnb_cuda_owns(const void *ptr, int *ordinal);
+
 /* ---- ready-made maps (maps.c), computed when the library is loaded */
 
 /* The default maps of 8-bit codes, their midpoints and closed forms. */

@@ -72,3 +72,12 @@ const struct bnb_device_ops *bnb_device_of(const bnb_exec *ex, const char *funct
         bnb_fail(BNB_EINVAL, "%s: ex->device is %d, expected BNB_CPU (0) or BNB_CUDA (1)", function, (int)ex->device);
     return NULL;
 }
+
+bnb_status bnb_pointer_device(const void *ptr, bnb_device *device, int *ordinal)
+{
+    if (!ptr || !device || !ordinal)
+        return bnb_fail(BNB_EINVAL, "pointer_device: %s is NULL", !ptr ? "ptr" : !device ? "device" : "ordinal");
+    *ordinal = 0;
+    *device = bnb_cuda_owns(ptr, ordinal) ? BNB_CUDA : BNB_CPU;
+    return BNB_OK;
+}

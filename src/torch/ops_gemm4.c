@@ -185,23 +185,16 @@ void bnb_op_gemm_4bit(torch_value *stack, uint64_t inputs, uint64_t outputs)
 /* The type whose 16 values these are: the schema of gemv_4bit names it no other way. */
 static bnb_type4 type_of_values(struct bnb_call *c, struct bnb_tensor *code)
 {
-    static const bnb_type4 types[] = {BNB_NF4, BNB_FP4};
+    bnb_type4 type = BNB_NF4;
     bnb_check_dtype(c, code, BNB_TORCH_float32);
     bnb_check_count(c, code, 16, " (the values of a 4-bit type)");
     if (c->exec.device != BNB_CPU)
         bnb_call_fail(c, BNB_EDEVICE, "%s: this build has no CUDA kernels; move the tensors to the CPU", c->op);
     bnb_call_stage(c, code, NULL, BNB_STAGE_READ);
     const float *values = bnb_read(c, code);
-    for (size_t t = 0; bnb_call_ok(c) && t < sizeof types / sizeof *types; t++) {
-        float map[16];
-        bool same = bnb_get_4bit_map(types[t], map) == BNB_OK;
-        for (int i = 0; i < 16; i++)
-            same = same && values[i] >= map[i] && values[i] <= map[i];
-        if (same)
-            return types[t];
-    }
-    bnb_call_fail(c, BNB_ENOTSUP, "%s: code holds the values of another type, expected those of NF4 or FP4", c->op);
-    return BNB_NF4;
+    if (bnb_call_ok(c) && bnb_find_4bit_map(values, &type))
+        bnb_call_fail(c, BNB_ENOTSUP, "%s: code holds the values of another type, expected those of NF4 or FP4", c->op);
+    return type;
 }
 
 static void gemv_4bit(torch_value *stack, uint64_t inputs, bool has_out)

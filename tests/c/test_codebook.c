@@ -196,6 +196,23 @@ static void quantile_map(void)
     CHECK(bnb_create_quantile_map(many, 255, map) == BNB_OK && zeros(map) == 256, "all zero: %d zeros", zeros(map));
 }
 
+/* From values back to the type; one bit of one value decides. */
+static void find_type(void)
+{
+    float map[16];
+    bnb_type4 type = BNB_INT4;
+    CHECK(bnb_find_4bit_map(define_nf4_values, &type) == BNB_OK && type == BNB_NF4, "NF4: %d", (int)type);
+    bnb_get_4bit_map(BNB_FP4, map);
+    CHECK(bnb_find_4bit_map(map, &type) == BNB_OK && type == BNB_FP4, "FP4: %d", (int)type);
+    map[5] = nextafterf(map[5], 1.0f);
+    CHECK(bnb_find_4bit_map(map, &type) == BNB_ENOTSUP && type == BNB_FP4, "an edited map was found: %d", (int)type);
+    bnb_get_4bit_map(BNB_AF4, map);
+    CHECK(bnb_find_4bit_map(map, &type) == BNB_ENOTSUP, "AF4 has no quantiser");
+    map[0] = NAN;
+    CHECK(bnb_find_4bit_map(map, &type) == BNB_ENOTSUP, "NaN was found");
+    CHECK(bnb_find_4bit_map(NULL, &type) == BNB_EINVAL && bnb_find_4bit_map(map, NULL) == BNB_EINVAL, "NULL");
+}
+
 int main(void)
 {
     dynamic_default();
@@ -204,6 +221,7 @@ int main(void)
     small_floats();
     normal();
     four_bits();
+    find_type();
     quantile_map();
     return CHECK_RESULT();
 }

@@ -83,12 +83,27 @@ static void long_detail(void)
           strlen(bnb_detail()));
 }
 
+/* Host memory is the CPU's, whether or not there is a driver. */
+static void pointer_device(void)
+{
+    int ordinal = -1, on_stack = 0;
+    bnb_device device = BNB_CUDA;
+    CHECK(bnb_pointer_device(&on_stack, &device, &ordinal) == BNB_OK && device == BNB_CPU && ordinal == 0, "%d %d",
+          (int)device, ordinal);
+    CHECK(bnb_pointer_device(NULL, &device, &ordinal) == BNB_EINVAL && strstr(bnb_detail(), "ptr"), "%s", bnb_detail());
+    CHECK(bnb_pointer_device(&ordinal, NULL, &ordinal) == BNB_EINVAL && strstr(bnb_detail(), "device is NULL"), "%s",
+          bnb_detail());
+    CHECK(bnb_pointer_device(&ordinal, &device, NULL) == BNB_EINVAL && strstr(bnb_detail(), "ordinal"), "%s",
+          bnb_detail());
+}
+
 int main(void)
 {
     pinned_list();
     pinned_dtypes();
     detail_is_per_thread();
     long_detail();
+    pointer_device();
     CHECK(!strcmp(bnb_version(), BNB_VERSION), "library %s, header %s", bnb_version(), BNB_VERSION);
     return CHECK_RESULT();
 }
