@@ -9,7 +9,14 @@ import sys
 from pathlib import Path
 
 PUBLIC = "bitsandbytes.h"
-KERNEL = ("core/args.h", "core/half.h", "core/random.h", "core/scale.h")
+KERNEL = (
+    "core/args.h",
+    "core/half.h",
+    "core/optim_plan.h",
+    "core/random.h",
+    "core/rules.h",
+    "core/scale.h",
+)
 SHARED = (*KERNEL, "core/internal.h")
 
 # The first row whose folder holds the file decides.

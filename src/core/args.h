@@ -10,10 +10,19 @@
 #if defined(__CUDACC_RTC__)
 typedef unsigned char uint8_t;
 typedef signed char int8_t;
+typedef unsigned short uint16_t;
+typedef unsigned uint32_t;
 typedef long long int64_t;
 typedef unsigned long long uint64_t;
 #else
 #include <stdint.h>
+#endif
+
+/* Before a function that is compiled for the host and for CUDA alike. */
+#if defined(__CUDACC__)
+#define BNB_EITHER_DEVICE static inline __device__
+#else
+#define BNB_EITHER_DEVICE static inline
 #endif
 
 /*
@@ -163,6 +172,8 @@ struct bnb_derows_args {
     int64_t rows, cols;
 };
 
+/* ---- optimizers */
+
 /* Which update rule a row of the optimizer table runs; how many f32 values of state an element has under it. */
 enum bnb_optim_rule {
     BNB_RULE_ADAM,
@@ -173,6 +184,13 @@ enum bnb_optim_rule {
     BNB_RULE_COUNT
 };
 enum { BNB_MAX_STATES = 3 };
+
+/* What the scalars of an update follow from: a row of the optimizer table and bnb_optim_config, whose names these are. */
+struct bnb_optim_recipe {
+    int rule, states, decoupled, no_gain;
+    int skip_zeros, nesterov, corrected, stochastic;
+    double beta1, beta2, beta3, alpha, t_alpha, t_beta3, eps, weight_decay, gnorm_scale, max_unorm;
+};
 
 /* The scalars of one update of one tensor, each computed in double and rounded once (NUMERICS rules 12 and 21). */
 struct bnb_optim_scalars {

@@ -7,11 +7,16 @@
 #ifndef BNB_CORE_HALF_H
 #define BNB_CORE_HALF_H
 
-#include <stdint.h>
-#include <string.h>
+#include "core/args.h"
 
 typedef struct { uint16_t bits; } bnb_bf16;
 typedef struct { uint16_t bits; } bnb_f16;
+
+#if defined(__CUDACC__)
+BNB_EITHER_DEVICE uint32_t bnb_bits_of(float x) { return __float_as_uint(x); }
+BNB_EITHER_DEVICE float bnb_float_of(uint32_t u) { return __uint_as_float(u); }
+#else
+#include <string.h>
 
 static inline uint32_t bnb_bits_of(float x)
 {
@@ -26,18 +31,33 @@ static inline float bnb_float_of(uint32_t u)
     memcpy(&x, &u, sizeof x);
     return x;
 }
+#endif
 
-static inline float bnb_from_bf16(bnb_bf16 h) { return bnb_float_of((uint32_t)h.bits << 16); }
+BNB_EITHER_DEVICE bnb_bf16 bnb_bf16_of(uint32_t bits)
+{
+    bnb_bf16 h;
+    h.bits = (uint16_t)bits;
+    return h;
+}
 
-static inline bnb_bf16 bnb_to_bf16(float x)
+BNB_EITHER_DEVICE bnb_f16 bnb_f16_of(uint32_t bits)
+{
+    bnb_f16 h;
+    h.bits = (uint16_t)bits;
+    return h;
+}
+
+BNB_EITHER_DEVICE float bnb_from_bf16(bnb_bf16 h) { return bnb_float_of((uint32_t)h.bits << 16); }
+
+BNB_EITHER_DEVICE bnb_bf16 bnb_to_bf16(float x)
 {
     const uint32_t u = bnb_bits_of(x);
     const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const uint32_t quiet = (u >> 16) | 0x0040u;
-    return (bnb_bf16){(uint16_t)(x == x ? rounded : quiet)};
+    return bnb_bf16_of(x == x ? rounded : quiet);
 }
 
-static inline float bnb_from_f16(bnb_f16 h)
+BNB_EITHER_DEVICE float bnb_from_f16(bnb_f16 h)
 {
     const uint32_t sign = (uint32_t)(h.bits & 0x8000u) << 16;
     const uint32_t magnitude = h.bits & 0x7fffu;
@@ -49,7 +69,7 @@ static inline float bnb_from_f16(bnb_f16 h)
     return bnb_float_of(sign | bnb_bits_of(value));
 }
 
-static inline bnb_f16 bnb_to_f16(float x)
+BNB_EITHER_DEVICE bnb_f16 bnb_to_f16(float x)
 {
     const uint32_t u = bnb_bits_of(x);
     const uint32_t sign = (u >> 16) & 0x8000u;
@@ -65,7 +85,7 @@ static inline bnb_f16 bnb_to_f16(float x)
         /* Subnormal: adding 0.5 leaves the multiple of 2^-24, rounded to nearest even, in the low bits. */
         h = bnb_bits_of(bnb_float_of(magnitude) + 0.5f) - 0x3f000000u;
     }
-    return (bnb_f16){(uint16_t)(sign | h)};
+    return bnb_f16_of(sign | h);
 }
 
 #endif

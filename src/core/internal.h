@@ -62,6 +62,10 @@ extern struct bnb_map8 bnb_map_signed, bnb_map_unsigned;
 const float *bnb_map4(bnb_type4 type);
 extern struct bnb_tree4 bnb_tree_nf4, bnb_tree_fp4;
 
+/* FP4: thresholds of |u|, ascending, and the magnitude code between each two. */
+extern const float bnb_fp4_threshold[7];
+extern const unsigned bnb_fp4_order[8];
+
 /* Make `code` ready for the encoder.  The default maps are recognised; `midpoint` [256] is storage for the others. */
 struct bnb_map8 bnb_prepare_map(const float *code, float *midpoint);
 
@@ -80,15 +84,8 @@ struct bnb_optim_row {
 };
 const struct bnb_optim_row *bnb_optim_find(const char *name);
 
-/* The update that a step makes, before the learning rate, is `direction` times what a rule calls u. */
-struct bnb_optim_plan {
-    struct bnb_optim_scalars scalars;
-    double direction;
-};
-
-/* Update `step` under `config` at learning rate `lr`; norms NULL: no trust clipping. */
-struct bnb_optim_plan bnb_optim_plan_of(const struct bnb_optim_row *row, const bnb_optim_config *config, double lr,
-                                        int64_t step, const double norms[2]);
+/* A row and a configuration as optim_plan.h takes them. */
+struct bnb_optim_recipe bnb_optim_recipe_of(const struct bnb_optim_row *row, const bnb_optim_config *config);
 
 /* The random key of stochastic rounding: of one parameter at one update, and of one block under it. */
 uint64_t bnb_optim_key(uint64_t seed, int64_t step);

@@ -81,9 +81,9 @@ static void fill_form(struct bnb_map8 *map, struct bnb_dynamic_form *form)
 }
 
 /* FP4's thresholds on |u|, ascending, and the magnitude code above each.  The decimals are part of the format. */
-static const float fp4_threshold[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f,
-                                       0.4166667f,  0.583333f,  0.8333333f};
-static const unsigned fp4_order[8] = {0, 1, 6, 7, 4, 5, 2, 3};
+const float bnb_fp4_threshold[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f,
+                                    0.4166667f,  0.583333f,  0.8333333f};
+const unsigned bnb_fp4_order[8] = {0, 1, 6, 7, 4, 5, 2, 3};
 
 static void fill_trees(void)
 {
@@ -91,8 +91,8 @@ static void fill_trees(void)
     for (int k = 0; k < 15; k++)
         nf4_threshold[k] = (bnb_map4(BNB_NF4)[k] + bnb_map4(BNB_NF4)[k + 1]) * 0.5f;
     fill_tree(nf4_threshold, 15, &bnb_tree_nf4);
-    fill_tree(fp4_threshold, 7, &bnb_tree_fp4);
-    memcpy(bnb_tree_fp4.level4, fp4_order, sizeof fp4_order);
+    fill_tree(bnb_fp4_threshold, 7, &bnb_tree_fp4);
+    memcpy(bnb_tree_fp4.level4, bnb_fp4_order, sizeof bnb_fp4_order);
 }
 
 __attribute__((constructor)) static void fill_maps(void)

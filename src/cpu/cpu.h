@@ -55,6 +55,7 @@ struct bnb_cpu_step {
     const bnb_optim_tensor *tensors;
     size_t count;
     const struct bnb_optim_row *row;
+    struct bnb_optim_recipe recipe;
     struct bnb_map8 map[2];
     float midpoint[2][256];
 };

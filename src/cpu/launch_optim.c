@@ -4,6 +4,7 @@
  * The blocks of all tensors form one index range, so one parallel loop covers a whole step.  A task finds its first
  * tensor by walking the list, which is short beside the work of a task.
  */
+#include "core/optim_plan.h"
 #include "cpu/cpu.h"
 
 static int64_t blocks_of(const bnb_optim_tensor *t) { return t->g ? bnb_blocks(t->n, BNB_OPTIM_BLOCK) : 0; }
@@ -15,6 +16,7 @@ void bnb_cpu_open_step(struct bnb_cpu_step *step, const bnb_optim_config *config
     step->tensors = tensors;
     step->count = count;
     step->row = bnb_optim_find(config->name);
+    step->recipe = bnb_optim_recipe_of(step->row, config);
     step->map[0] = config->qmap1 ? bnb_prepare_map(config->qmap1, step->midpoint[0]) : bnb_map_signed;
     step->map[1] = config->qmap2 ? bnb_prepare_map(config->qmap2, step->midpoint[1]) : bnb_map_unsigned;
 }
@@ -26,7 +28,8 @@ struct bnb_optim_args bnb_cpu_optim_args(const struct bnb_cpu_step *step, size_t
     const int64_t update = t->step_count ? (int64_t)*t->step_count + 1 : t->step;
     const double *norms = c->max_unorm > 0.0 && c->norms ? c->norms + 2 * i : NULL;
     const double lr = c->lr_value ? (double)*c->lr_value : c->lr;
-    const struct bnb_optim_plan plan = bnb_optim_plan_of(step->row, c, lr, update, norms);
+    const double scale = t->gnorm_scale ? (double)*t->gnorm_scale : 1.0;
+    const struct bnb_optim_plan plan = bnb_optim_plan_of(&step->recipe, lr, update, scale, norms);
     struct bnb_optim_args a = {
         .p = t->p,
         .g = t->g,
@@ -40,8 +43,6 @@ struct bnb_optim_args bnb_cpu_optim_args(const struct bnb_cpu_step *step, size_t
         .map = {step->map[0], step->map[1]},
         .s = plan.scalars,
     };
-    if (t->gnorm_scale)
-        a.s.gnorm_scale = (float)(c->gnorm_scale * (double)*t->gnorm_scale);
     if (step->row->is_double) {
         a.state[2] = (char *)t->state1 + t->n * (t->bits / 8);
         a.absmax[2] = t->absmax1 ? t->absmax1 + bnb_blocks(t->n, BNB_OPTIM_BLOCK) : NULL;

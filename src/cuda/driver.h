@@ -60,6 +60,7 @@ enum {
     X(context_push, cuCtxPushCurrent_v2, (cu_context context))                                                      \
     X(context_pop, cuCtxPopCurrent_v2, (cu_context * context))                                                      \
     X(module_load, cuModuleLoadData, (cu_module * module, const void *image))                                       \
+    X(module_unload, cuModuleUnload, (cu_module module))                                                            \
     X(module_function, cuModuleGetFunction, (cu_function * function, cu_module module, const char *name))           \
     X(function_attribute, cuFuncGetAttribute, (int *value, int attribute, cu_function function))                    \
     X(function_set, cuFuncSetAttribute, (cu_function function, int attribute, int value))                           \
@@ -73,6 +74,7 @@ enum {
     X(host_alloc, cuMemHostAlloc, (void **memory, size_t bytes, unsigned flags))                                    \
     X(host_free, cuMemFreeHost, (void *memory))                                                                     \
     X(pointer_attribute, cuPointerGetAttribute, (void *value, int attribute, cu_address pointer))                   \
+    X(stream_capturing, cuStreamIsCapturing, (cu_stream stream, int *status))                                       \
     X(capture_mode, cuThreadExchangeStreamCaptureMode, (int *mode))                                                 \
     X(event_create, cuEventCreate, (cu_event * event, unsigned flags))                                              \
     X(event_destroy, cuEventDestroy_v2, (cu_event event))                                                           \

@@ -10,7 +10,7 @@
 #define BNB_CPU_OPTIM_H
 
 #include "core/random.h"
-#include "cpu/kernels/rules.h"
+#include "core/rules.h"
 
 /* One block in flight: f32 parameters and gradients, codes or f32 values of state, scales of 8-bit state. */
 struct optim_block {

@@ -1,14 +1,16 @@
 /*
- * rules.h - the update rules of the optimizers, written once for every instruction set and precision of state
+ * rules.h - the update rules of the optimizers, written once for every device, instruction set and precision of state
  *
  * A rule takes the gradient and the old state and gives the new state and u, the direction of the step; the parameter
  * then becomes p decay + step_size u.  States use + and * alone; u may divide and take roots.  No fused multiply-add:
  * states must have the same bits on every device (NUMERICS rules 20 to 22).
+ *
+ * Written in the words of the CPU's simd_*.h, with ALWAYS_INLINE and FLT_MAX; on CUDA a vector is one float.
  */
-#ifndef BNB_CPU_RULES_H
-#define BNB_CPU_RULES_H
+#ifndef BNB_CORE_RULES_H
+#define BNB_CORE_RULES_H
 
-#include <stdbool.h>
+#include "core/args.h"
 
 #define OPTIM_BLOCK 256 /* BNB_OPTIM_BLOCK of bitsandbytes.h */
 
@@ -22,23 +24,23 @@ struct rule_scalars {
 
 static ALWAYS_INLINE struct rule_scalars rule_load(const struct bnb_optim_scalars *s)
 {
-    return (struct rule_scalars){
-        .beta1 = vf_set(s->beta1),
-        .gain1 = vf_set(s->gain1),
-        .beta2 = vf_set(s->beta2),
-        .gain2 = vf_set(s->gain2),
-        .beta3 = vf_set(s->beta3),
-        .gain3 = vf_set(s->gain3),
-        .mix1 = vf_set(s->mix1),
-        .mix2 = vf_set(s->mix2),
-        .step_size = vf_set(s->step_size),
-        .eps = vf_set(s->eps),
-        .decay = vf_set(s->decay),
-        .coupled = vf_set(s->coupled),
-        .gnorm_scale = vf_set(s->gnorm_scale),
-        .is_coupled = s->coupled > 0.0f,
-        .skip_zeros = s->skip_zeros != 0,
-    };
+    struct rule_scalars k;
+    k.beta1 = vf_set(s->beta1);
+    k.gain1 = vf_set(s->gain1);
+    k.beta2 = vf_set(s->beta2);
+    k.gain2 = vf_set(s->gain2);
+    k.beta3 = vf_set(s->beta3);
+    k.gain3 = vf_set(s->gain3);
+    k.mix1 = vf_set(s->mix1);
+    k.mix2 = vf_set(s->mix2);
+    k.step_size = vf_set(s->step_size);
+    k.eps = vf_set(s->eps);
+    k.decay = vf_set(s->decay);
+    k.coupled = vf_set(s->coupled);
+    k.gnorm_scale = vf_set(s->gnorm_scale);
+    k.is_coupled = s->coupled > 0.0f;
+    k.skip_zeros = s->skip_zeros != 0;
+    return k;
 }
 
 /* How many states a rule has, and which of them may be negative: those keep their sign when requantised. */
