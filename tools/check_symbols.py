@@ -24,7 +24,7 @@ def main(library, *headers):
     for name in sorted(wanted - found):
         print(f"{library}: {name} is declared in a header but not exported")
     for name in sorted(found - wanted):
-        print(f"{library}: {name} is exported but not declared in {' or '.join(headers)}")
+        print(f"{library}: {name} is exported but not declared in {' or '.join(map(str, headers))}")
     if wanted != found:
         return 1
     print(f"symbols: {len(found)} exported, all declared")

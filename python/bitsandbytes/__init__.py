@@ -9,14 +9,18 @@ Importing needs torch >= 2.10 (ImportError otherwise), but neither a GPU nor the
 the first call that needs it raises RuntimeError with the reason.
 """
 
+from typing import Any
+
 from . import cextension, _ops, _ops_gemm  # isort: skip  (checks torch, defines the operators before they are used)
 from . import backends, consts, cuda_specs, functional, gone, nn, optim, utils
-from .autograd._functions import MatmulLtState, matmul, matmul_4bit
-from .nn import modules
-from .optim import adam
+from .autograd._functions import MatmulLtState as MatmulLtState
+from .autograd._functions import matmul as matmul
+from .autograd._functions import matmul_4bit as matmul_4bit
+from .nn import modules as modules
+from .optim import adam as adam
 
 
-def _find_version():
+def _find_version() -> str:
     """The version of this package; in a source tree, that of the library in use."""
     try:
         from ._version import __version__ as version
@@ -44,7 +48,7 @@ supported_torch_devices = {"cpu", "cuda"}
 __pdoc__ = {"libbitsandbytes": False, "optim.optimizer.MockArgs": False}
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     """Names of old releases: where they live now (legacy.py), or AttributeError with the alternative."""
     return gone.find(__name__, name)
 

@@ -18,18 +18,18 @@ _WIDTH = 60
 _PACKAGES = ("accelerate", "diffusers", "numpy", "pip", "peft", "safetensors", "transformers", "triton", "trl")
 
 
-def _line(name, value):
+def _line(name: str, value: object) -> None:
     print(f"{name + ':':<16}{value}")
 
 
-def _version_of(package):
+def _version_of(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not found"
 
 
-def print_report():
+def print_report() -> None:
     """The facts about platform, packages, library and devices."""
     print(f" bitsandbytes v{bnb.__version__} ".center(_WIDTH, "="))
     libc = " ".join(platform.libc_ver()) if platform.system() == "Linux" else ""
@@ -60,7 +60,7 @@ def print_report():
         _line("GPU", "none found by PyTorch")
 
 
-def _check_round_trip():
+def _check_round_trip() -> None:
     """Quantise random values and restore them; RuntimeError if one is further off than its map allows."""
     F = bnb.functional
     x = torch.randn(257, 64, generator=torch.Generator().manual_seed(0))
@@ -79,7 +79,7 @@ def _check_round_trip():
             raise RuntimeError(f"{name}: a value is off by {error:.4f} of its block's maximum, expected <= {bound:.4f}")
 
 
-def _check_training():
+def _check_training() -> None:
     """A few steps of AdamW8bit on a small regression; RuntimeError unless the loss falls by a quarter."""
     generator = torch.Generator().manual_seed(0)
     x, target = (torch.randn(128, 64, generator=generator) for _ in range(2))
@@ -98,7 +98,7 @@ def _check_training():
         raise RuntimeError(f"AdamW8bit: loss {losses[0]:.4f} became {losses[-1]:.4f}, expected 3/4 or less")
 
 
-def main():
+def main() -> int:
     """Print the report and run the checks. Returns the exit status."""
     print_report()
     print("=" * _WIDTH)

@@ -5,7 +5,11 @@ are the fakes: they give shapes and dtypes to torch.compile, torch.export and me
 Schemas without a leading underscore are a public contract; those with one may change.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from . import cextension
 
@@ -21,7 +25,7 @@ register_fake = torch.library.register_fake
 register_kernel = torch.library.register_kernel
 
 
-def _own_error(error):
+def _own_error(error: Exception) -> Exception | None:
     """The exception that stands for a failure of the library; None if `error` comes from elsewhere."""
     if cextension.load_error is not None:
         return RuntimeError(cextension.load_error)
@@ -31,7 +35,7 @@ def _own_error(error):
     return _EXCEPTIONS.get(cextension.last_status(), RuntimeError)(detail)
 
 
-def call(op, *args):
+def call(op: Callable[..., Any], *args: Any) -> Any:
     """Run the operator overload `op` on `args` and return its result.
 
     A refusal by the library becomes ValueError (bad argument or dtype), NotImplementedError, torch.OutOfMemoryError or
@@ -49,7 +53,7 @@ def call(op, *args):
         raise own from None
 
 
-def _operator(schema, *, autograd=True):
+def _operator(schema: str, *, autograd: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define an operator; the decorated function becomes its fake.
 
     autograd=False: no stop at the Autograd key, for operators that nobody differentiates and that run per step.
@@ -59,7 +63,7 @@ def _operator(schema, *, autograd=True):
     if not autograd:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
-    def register(fake):
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         torch.library.register_fake(f"bitsandbytes::{name}", fake, lib=library)
         return fake
 
@@ -69,29 +73,29 @@ def _operator(schema, *, autograd=True):
 # ---------------------------------------------------------------- checks of the fakes
 
 
-def _expect(condition, text):
+def _expect(condition: bool, text: str) -> None:
     torch._check_value(condition, lambda: text)
 
 
-def _one_device(op, first, **others):
+def _one_device(op: str, first: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None:
             _expect(tensor.device == first.device, f"{op}: {name} is on {tensor.device}, expected {first.device}")
 
 
-def _float(op, name, dtype):
+def _float(op: str, name: str, dtype: torch.dtype) -> None:
     _expect(dtype in _FLOATS, f"{op}: {name} is {dtype}, expected float32, float16 or bfloat16")
 
 
-def _dtype(op, name, tensor, dtype):
+def _dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     _expect(tensor.dtype == dtype, f"{op}: {name} has dtype {tensor.dtype}, expected {dtype}")
 
 
-def _block(op, blocksize):
+def _block(op: str, blocksize: int) -> None:
     _expect(blocksize > 0, f"{op}: blocksize is {blocksize}, expected a number above 0")
 
 
-def _format_4bit(op, blocksize, quant_type):
+def _format_4bit(op: str, blocksize: int, quant_type: str) -> None:
     _expect(
         32 <= blocksize <= 4096 and blocksize & (blocksize - 1) == 0,
         f"{op}: blocksize is {blocksize}, expected a power of two from 32 to 4096",
@@ -99,12 +103,12 @@ def _format_4bit(op, blocksize, quant_type):
     _expect(quant_type in ("nf4", "fp4"), f'{op}: quant_type is "{quant_type}", expected "nf4" or "fp4"')
 
 
-def _out(op, out, shape, dtype):
+def _out(op: str, out: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
     _dtype(op, "out", out, dtype)
     _expect(tuple(out.shape) == tuple(shape), f"{op}: out has shape {tuple(out.shape)}, expected {tuple(shape)}")
 
 
-def _ceil_div(n, d):
+def _ceil_div(n: int, d: int) -> int:
     return (n + d - 1) // d
 
 
@@ -121,7 +125,9 @@ def _(A, code, blocksize):
     return torch.empty(A.shape, device=A.device, dtype=torch.uint8), absmax
 
 
-def _check_dequantize_blockwise(op, A, absmax, code, blocksize, dtype):
+def _check_dequantize_blockwise(
+    op: str, A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+) -> None:
     _one_device(op, A, absmax=absmax, code=code)
     _float(op, "dtype", dtype)
     _dtype(op, "A", A, torch.uint8)
@@ -162,7 +168,9 @@ def _(A, blocksize, quant_type, quant_storage):
     return torch.empty((elements, 1), device=A.device, dtype=quant_storage), absmax
 
 
-def _check_dequantize_4bit(op, A, absmax, blocksize, quant_type, dtype):
+def _check_dequantize_4bit(
+    op: str, A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, dtype: torch.dtype
+) -> None:
     _one_device(op, A, absmax=absmax)
     _float(op, "dtype", dtype)
     _format_4bit(op, blocksize, quant_type)
@@ -235,7 +243,9 @@ def _(A, offset, num_quantiles):
 # ---------------------------------------------------------------- optimizers
 
 
-def _check_update(op, g, p, state1, state2, state_dtype):
+def _check_update(
+    op: str, g: Tensor, p: Tensor, state1: Tensor, state2: Tensor | None, state_dtype: torch.dtype
+) -> None:
     _one_device(op, p, g=g, state1=state1, state2=state2)
     _float(op, "the dtype of p", p.dtype)
     _dtype(op, "g", g, p.dtype)
@@ -280,7 +290,7 @@ _GROUP = (
 )
 
 
-def _check_group(op, p, g, state1):
+def _check_group(op: str, p: list[Tensor], g: list[Tensor], state1: list[Tensor]) -> None:
     for field, values in (("g", g), ("state1", state1)):
         _expect(len(values) == len(p), f"{op}: {field} has {len(values)} entries, expected {len(p)}")
 
@@ -318,5 +328,5 @@ def _(gnorm_vec, norms, steps, step, percentile):
     return _on_device_of(gnorm_vec, (len(gnorm_vec), 3), torch.float32)
 
 
-def _on_device_of(tensors, shape, dtype):
+def _on_device_of(tensors: list[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=tensors[0].device if tensors else "cpu")

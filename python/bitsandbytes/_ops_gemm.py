@@ -4,7 +4,10 @@ Leading dimensions of an activation are rows.  `_linear_4bit` and `_linear_int8`
 call; the operators without an underscore are the public contract.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import cextension
 from ._ops import _ceil_div, _dtype, _expect, _float, _format_4bit, _one_device, _operator, _out
@@ -12,14 +15,14 @@ from ._ops import _ceil_div, _dtype, _expect, _float, _format_4bit, _one_device,
 # ---------------------------------------------------------------- 4 bits
 
 
-def _rows(op, name, x, width):
+def _rows(op: str, name: str, x: Tensor, width: int) -> torch.Size:
     """The leading dimensions of x [..., width]."""
     _expect(x.dim() >= 1, f"{op}: {name} has 0 dimensions, expected 1 or more")
     _expect(x.shape[-1] == width, f"{op}: {name} has size {x.shape[-1]} in its last dimension, expected {width}")
     return x.shape[:-1]
 
 
-def _check_4bit(op, weight, absmax, blocksize, quant_type, n, k):
+def _check_4bit(op: str, weight: Tensor, absmax: Tensor, blocksize: int, quant_type: str, n: int, k: int) -> None:
     _format_4bit(op, blocksize, quant_type)
     needed = _ceil_div(n * k, 2)
     found = weight.numel() * weight.element_size()
@@ -28,7 +31,7 @@ def _check_4bit(op, weight, absmax, blocksize, quant_type, n, k):
     _expect(absmax.numel() == blocks, f"{op}: absmax has {absmax.numel()} elements, expected {blocks}")
 
 
-def _bias(op, bias, n, dtype=None):
+def _bias(op: str, bias: Tensor | None, n: int, dtype: torch.dtype | None = None) -> None:
     if bias is None:
         return
     _float(op, "the dtype of bias", bias.dtype)
@@ -38,7 +41,16 @@ def _bias(op, bias, n, dtype=None):
         _dtype(op, "bias", bias, dtype)
 
 
-def _product_4bit(op, x, weight, scales, blocksize, quant_type, widths, weight_shape):
+def _product_4bit(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    scales: tuple[Tensor | None, ...],
+    blocksize: int,
+    quant_type: str,
+    widths: tuple[int, int],
+    weight_shape: tuple[int, int],
+) -> Tensor:
     """Checks of both directions; an empty result [..., widths[1]] for x [..., widths[0]]."""
     absmax, *nested = scales
     _float(op, "the dtype of the input", x.dtype)
@@ -92,6 +104,15 @@ def _(
     absmax_code=None,
     absmax_offset=None,
 ):
+    """A W^T + bias, where B holds the 4-bit weight W of shape shapeB [n, k].
+
+    A              [..., k], float32, float16 or bfloat16
+    B              packed codes, any storage dtype;  blocksize, quant_type  of the codes
+    absmax         float32 [ceil(n k / blocksize)]; with nested scales those of the scales, one per 256
+    absmax_8bit, absmax_code, absmax_offset  nested scales: uint8 codes, float32 [256], float32 0-dim; all or none
+    bias           [n], dtype of A
+    Returns [..., n], dtype of A.
+    """
     op = "gemm_4bit"
     _expect(len(shapeB) == 2, f"{op}: shapeB has {len(shapeB)} entries, expected 2")
     _one_device(op, A, bias=bias)
@@ -103,7 +124,9 @@ def _(
     return _product_4bit(op, A, B, scales, blocksize, quant_type, (k, n), (n, k))
 
 
-def _gemv_4bit(op, A, B, shapeB, absmax, code, blocksize):
+def _gemv_4bit(
+    op: str, A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int
+) -> Tensor:
     _expect(len(shapeB) == 2, f"{op}: shapeB has {len(shapeB)} entries, expected 2")
     _one_device(op, A, code=code)
     _dtype(op, "code", code, torch.float32)
@@ -131,11 +154,11 @@ def _(A, B, shapeB, absmax, code, blocksize, out):
 # ---------------------------------------------------------------- LLM.int8()
 
 
-def _dynamic_size():
+def _dynamic_size() -> int:
     return torch.library.get_ctx().new_dynamic_size()
 
 
-def _quantized_rows(op, A, threshold):
+def _quantized_rows(op: str, A: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes like A, row statistics, and the outlier columns: None without a threshold."""
     _float(op, "the dtype of A", A.dtype)
     _expect(A.dim() >= 1, f"{op}: A has 0 dimensions, expected 1 or more")
@@ -175,14 +198,14 @@ def _(flags):
     return torch.empty((_dynamic_size(),), device=flags.device, dtype=torch.int64)
 
 
-def _product_int8(op, A, B):
+def _product_int8(op: str, A: Tensor, B: Tensor) -> tuple[int, ...]:
     """The shape of A B^T, both int8."""
     _one_device(op, A, B=B)
     _dtype(op, "A", A, torch.int8)
     return _weight_int8(op, "A", A, B)
 
 
-def _weight_int8(op, name, A, weight):
+def _weight_int8(op: str, name: str, A: Tensor, weight: Tensor) -> tuple[int, ...]:
     _dtype(op, "the weight", weight, torch.int8)
     _expect(weight.dim() == 2, f"{op}: the weight has {weight.dim()} dimensions, expected 2")
     return (*_rows(op, name, A, weight.shape[1]), weight.shape[0])
@@ -216,6 +239,11 @@ def _(A, row_stats, col_stats, dtype=None, bias=None):
     "ScalarType? dtype=None) -> Tensor"
 )
 def _(A, B, row_stats, col_stats, bias=None, dtype=None):
+    """(A B^T) row_stats col_stats / 127^2 + bias: int8_linear_matmul() and int8_mm_dequant() in one call.
+
+    A  int8 [..., k];  B  int8 [n, k];  row_stats  float32 [rows];  col_stats  float32 [n];  bias  [n], any float dtype
+    Returns [..., n] in dtype, float16 if that is None.
+    """
     op = "int8_scaled_mm"
     shape = _product_int8(op, A, B)
     _one_device(op, A, row_stats=row_stats, col_stats=col_stats, bias=bias)
@@ -228,6 +256,13 @@ def _(A, B, row_stats, col_stats, bias=None, dtype=None):
     "Tensor? bias=None) -> (Tensor, Tensor?)"
 )
 def _(A, CA, CB, SCA, SCB, outlier_cols=None, bias=None):
+    """A W^T + bias through int8, but for the outlier columns of A, which are multiplied unquantised.
+
+    A             [..., k], float32, float16 or bfloat16;  CA, SCA  its codes, int8, and statistics, float32 [rows]
+    CB, SCB       int8 [n, k] and float32 [n]: the codes and statistics of W
+    outlier_cols  int64, ascending;  bias  [n], any float dtype
+    Returns ([..., n] in the dtype of A, A[:, outlier_cols] as [rows, outliers]).
+    """
     op = "int8_mixed_scaled_mm"
     _float(op, "the dtype of A", A.dtype)
     shape = _product_int8(op, CA, CB)

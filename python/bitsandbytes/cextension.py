@@ -38,7 +38,7 @@ load_error = None
 
 
 def _raise_failure(status: int | None, function: Any, arguments: tuple) -> int | None:
-    """What ctypes calls with the result of a client's function: RuntimeError, with the library's text, for a failure."""
+    """What ctypes calls with the result of a client's function: RuntimeError with the library's text, for a failure."""
     if status:
         raise RuntimeError(f"{function.__name__}: {last_detail()}")
     return status

@@ -7,9 +7,12 @@ here.  Definitions: docs/FORMAT.md, sections 1 and 2, and bitsandbytes.h.
 
 import ctypes
 import operator
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.types import Device
 
 from . import _ops, cextension
 
@@ -17,11 +20,12 @@ _bool, _int = ctypes.c_bool, ctypes.c_int
 _TYPES_4BIT = {"fp4": 1, "nf4": 2, "int4": 3, "af4": 4}  # enum bnb_type4
 
 # Maps that the quantisers use when none is given: "dynamic", "udynamic" (unsigned), "nf4", "fp4".  Always CPU tensors.
-name2qmap = {}
-_copies = {}  # (name, device) -> (the CPU map, its copy on the device)
+name2qmap: dict[str, Tensor] = {}
+# (name, device) -> (the CPU map, its copy on the device)
+_copies: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
 
-def _call(name, argtypes, *args):
+def _call(name: str, argtypes: list[Any], *args: Any) -> None:
     """Call the C function `name`, which returns a bnb_status. Raises ValueError with the library's text."""
     function = getattr(cextension.lib, name)
     function.argtypes, function.restype = argtypes, _int
@@ -29,7 +33,7 @@ def _call(name, argtypes, *args):
         raise ValueError(cextension.last_detail())
 
 
-def _build(name, argtypes, *args, entries=256):
+def _build(name: str, argtypes: list[Any], *args: Any, entries: int = 256) -> Tensor:
     """Let the C function `name` fill a new float32 CPU tensor [entries], its last argument.
 
     frombuffer() is neither seen by tensor modes nor moved by a default device: the result is always a real CPU tensor.
@@ -39,7 +43,7 @@ def _build(name, argtypes, *args, entries=256):
     return torch.frombuffer(values, dtype=torch.float32)
 
 
-def _index(name, value):
+def _index(name: str, value: object) -> int:
     """An int that fits C's int. Raises TypeError for what is no integer, ValueError for what does not fit."""
     try:
         value = operator.index(value)
@@ -50,7 +54,7 @@ def _index(name, value):
     return value
 
 
-def create_dynamic_map(signed=True, max_exponent_bits=7, total_bits=8):
+def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
     """Dynamic tree map (Dettmers 2015, 2021). Returns float32 [256]. Raises AssertionError on illegal bit counts."""
     try:
         bits = _index("max_exponent_bits", max_exponent_bits), _index("total_bits", total_bits)
@@ -59,13 +63,13 @@ def create_dynamic_map(signed=True, max_exponent_bits=7, total_bits=8):
         raise AssertionError(str(error)) from None
 
 
-def create_linear_map(signed=True, total_bits=8, add_zero=True):
+def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
     """Evenly spaced values on [-1, 1], or [0, 1] if not signed. Returns float32 [256]. ValueError: total_bits."""
     bits = _index("total_bits", total_bits)
     return _build("bnb_create_linear_map", [_bool, _int, _bool], bool(signed), bits, bool(add_zero))
 
 
-def create_fp8_map(signed=True, exponent_bits=5, precision_bits=2, total_bits=8):
+def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:
     """A small float format divided by its maximum. Returns float32 [256].
 
     Raises AssertionError unless signed + exponent_bits + precision_bits == total_bits.
@@ -79,7 +83,7 @@ def create_fp8_map(signed=True, exponent_bits=5, precision_bits=2, total_bits=8)
         raise AssertionError(str(error)) from None
 
 
-def create_normal_map(offset=0.9677083, use_extra_value=True):
+def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
     """Quantiles of the normal distribution; the default is NF4 (QLoRA, section 3). Returns float32 [256].
 
     Raises ValueError unless 0.5 < offset < 1.
@@ -87,7 +91,7 @@ def create_normal_map(offset=0.9677083, use_extra_value=True):
     return _build("bnb_create_normal_map", [ctypes.c_double, _bool], float(offset), bool(use_extra_value))
 
 
-def create_quantile_map(A, total_bits=8):
+def create_quantile_map(A: Tensor, total_bits: int = 8) -> Tensor:
     """A map whose values are the quantiles of A. Returns float32 [256] on the CPU.
 
     A: float32, float16 or bfloat16, at least one element, finite.  ValueError: total_bits outside 1..8, or A.
@@ -100,7 +104,9 @@ def create_quantile_map(A, total_bits=8):
     return _build("bnb_create_quantile_map", [ctypes.c_void_p, _int], pointer, quantiles.numel())
 
 
-def estimate_quantiles(A, out=None, offset=1 / 512, num_quantiles=256):
+def estimate_quantiles(
+    A: Tensor, out: Tensor | None = None, offset: float = 1 / 512, num_quantiles: int = 256
+) -> Tensor:
     """Exact order statistics of A at evenly spaced probabilities from offset to 1 - offset.
 
     A: float32, float16 or bfloat16, n >= 1 elements.  Returns float32 [num_quantiles], or `out` filled.
@@ -113,7 +119,7 @@ def estimate_quantiles(A, out=None, offset=1 / 512, num_quantiles=256):
     return quantiles if out is None else fill("out", out, quantiles)
 
 
-def get_4bit_type(typename, device=None, blocksize=64):
+def get_4bit_type(typename: str, device: Device = None, blocksize: int = 64) -> Tensor:
     """The 16 values of a 4-bit type, in code order, divided by their largest magnitude. Returns float32 [16].
 
     typename: "nf4", "fp4", "int4" or "af4"; the last two are tables only.  device None: torch's default device.
@@ -135,7 +141,7 @@ _MAKERS = {
 }
 
 
-def default_map(name, like):
+def default_map(name: str, like: Tensor) -> Tensor:
     """The map `name` of name2qmap on the device of tensor `like`, to be read only; one copy per device is kept."""
     if name not in name2qmap:
         name2qmap[name] = _MAKERS[name]()
@@ -152,7 +158,7 @@ def default_map(name, like):
     return held[1]
 
 
-def fill(name, target, result):
+def fill(name: str, target: Tensor, result: Tensor) -> Tensor:
     """Copy a result into the tensor a caller gave for it. ValueError unless shape, dtype and device are the same."""
     for what in ("shape", "dtype", "device"):
         got, want = getattr(target, what), getattr(result, what)
@@ -161,7 +167,7 @@ def fill(name, target, result):
     return target.copy_(result)
 
 
-def _prepare():
+def _prepare() -> None:
     """Fill name2qmap while importing, so that compiled code finds constants. Without the library: on first use."""
     try:
         for name, make in _MAKERS.items():

@@ -19,7 +19,7 @@ def has_avx512bf16() -> bool:
     return False
 
 
-def _need(condition, text):
+def _need(condition: bool, text: str) -> None:
     if not condition:
         raise AssertionError(f"_convert_weight_packed_for_cpu: {text}")
 

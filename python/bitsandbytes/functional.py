@@ -6,8 +6,11 @@ Numbers follow docs/NUMERICS.md, byte layouts docs/FORMAT.md.
 """
 
 import ctypes
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import _ops, gone
 from .cextension import lib
@@ -93,17 +96,17 @@ DEFAULT_BLOCKSIZE_4BIT = 64
 C = 127.0  # the largest int8 code of LLM.int8()
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     """Functions of old releases (legacy.py) and conversions (cpu_layout.py), loaded when asked for."""
     return gone.find(__name__, name)
 
 
-def get_ptr(A):
+def get_ptr(A: Tensor | None) -> ctypes.c_void_p | None:
     """Address of A's first element as ctypes.c_void_p; None for None."""
     return None if A is None else ctypes.c_void_p(A.data_ptr())
 
 
-def is_on_gpu(tensors):
+def is_on_gpu(tensors: Iterable[Tensor | None]) -> bool:
     """True if all tensors share one device, the CPU included; None and paged tensors are passed over.
 
     Raises RuntimeError naming the devices otherwise.
@@ -114,14 +117,14 @@ def is_on_gpu(tensors):
     return True
 
 
-def _nest(absmax, blocksize):
+def _nest(absmax: Tensor, blocksize: int) -> tuple[Tensor, Tensor, QuantState]:
     """Quantise scales once more. Returns (uint8 codes [n], float32 0-dim offset, QuantState of the codes)."""
     code = default_map("dynamic", absmax)
     codes, absmax2, offset = _ops.call(_bnb._quantize_scales.default, absmax, code, blocksize)
     return codes, offset, QuantState(absmax2, code=code.clone(), blocksize=blocksize, dtype=torch.float32)
 
 
-def _plain_absmax(state):
+def _plain_absmax(state: QuantState) -> Tensor:
     """The scales of a state as float32 [blocks], expanded where they are nested."""
     if not state.nested:
         return state.absmax
@@ -130,14 +133,23 @@ def _plain_absmax(state):
     return _ops.call(_bnb._dequantize_scales.default, *args)
 
 
-def _hand_over(codes, state, out, absmax):
+def _hand_over(
+    codes: Tensor, state: QuantState, out: Tensor | None, absmax: Tensor | None
+) -> tuple[Tensor, QuantState]:
     """Finish a quantiser: fill the caller's `out` and `absmax`, if given, and return (codes, state)."""
     if absmax is not None:
         state.absmax = _fill("absmax", absmax, state.absmax)
     return codes if out is None else _fill("out", out, codes), state
 
 
-def quantize_blockwise(A, code=None, absmax=None, out=None, blocksize=4096, nested=False):
+def quantize_blockwise(
+    A: Tensor,
+    code: Tensor | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> tuple[Tensor, QuantState]:
     """Quantise to 8 bits with one scale per block of the row-major flattening of A.
 
     A          float32, float16 or bfloat16, any shape
@@ -158,7 +170,15 @@ def quantize_blockwise(A, code=None, absmax=None, out=None, blocksize=4096, nest
     return _hand_over(codes, state, out, absmax)
 
 
-def dequantize_blockwise(A, quant_state=None, absmax=None, code=None, out=None, blocksize=4096, nested=False):
+def dequantize_blockwise(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    code: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> Tensor:
     """The inverse of quantize_blockwise(): code[A] * scale, rounded once to the output dtype.
 
     A                        uint8 codes, any shape
@@ -182,14 +202,14 @@ def dequantize_blockwise(A, quant_state=None, absmax=None, code=None, out=None, 
 
 
 def quantize_4bit(
-    A,
-    absmax=None,
-    out=None,
-    blocksize=None,
-    compress_statistics=False,
-    quant_type="fp4",
-    quant_storage=torch.uint8,
-):
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_type: str = "fp4",
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
     """Quantise to 4 bits with one scale per block of the row-major flattening of A.
 
     A                    float32, float16 or bfloat16, any shape, n elements
@@ -221,17 +241,38 @@ def quantize_4bit(
     return _hand_over(packed, state, out, absmax)
 
 
-def quantize_fp4(A, absmax=None, out=None, blocksize=None, compress_statistics=False, quant_storage=torch.uint8):
-    """quantize_4bit() with quant_type "fp4"."""
+def quantize_fp4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """quantize_4bit() with quant_type "fp4": same arguments, results and errors."""
     return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
 
 
-def quantize_nf4(A, absmax=None, out=None, blocksize=None, compress_statistics=False, quant_storage=torch.uint8):
-    """quantize_4bit() with quant_type "nf4"."""
+def quantize_nf4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """quantize_4bit() with quant_type "nf4": same arguments, results and errors."""
     return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
 
 
-def dequantize_4bit(A, quant_state=None, absmax=None, out=None, blocksize=None, quant_type="fp4"):
+def dequantize_4bit(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    quant_type: str = "fp4",
+) -> Tensor:
     """The inverse of quantize_4bit(): code * scale, rounded once to the output dtype.
 
     A            packed codes [n, 1], any storage dtype; [1, n] (a transposed view) asks for the transposed result
@@ -253,7 +294,7 @@ def dequantize_4bit(A, quant_state=None, absmax=None, out=None, blocksize=None, 
     return result.t() if transposed else result
 
 
-def _dequantize_4bit(A, state, out):
+def _dequantize_4bit(A: Tensor, state: QuantState, out: Tensor | None) -> Tensor:
     tail = state.blocksize, state.quant_type, state.shape, state.dtype
     if out is not None:
         _ops.call(_bnb.dequantize_4bit.out, A, _plain_absmax(state), *tail, out)
@@ -265,17 +306,29 @@ def _dequantize_4bit(A, state, out):
     return _ops.call(_bnb._dequantize_4bit_nested.default, A, *args, *tail)
 
 
-def dequantize_fp4(A, quant_state=None, absmax=None, out=None, blocksize=None):
-    """dequantize_4bit() with quant_type "fp4"."""
+def dequantize_fp4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """dequantize_4bit() with quant_type "fp4": same arguments, results and errors."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
 
 
-def dequantize_nf4(A, quant_state=None, absmax=None, out=None, blocksize=None):
-    """dequantize_4bit() with quant_type "nf4"."""
+def dequantize_nf4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """dequantize_4bit() with quant_type "nf4": same arguments, results and errors."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
 
 
-def weight_arguments(function, state):
+def weight_arguments(function: str, state: QuantState) -> tuple[Any, ...]:
     """The state of a weight [n, k] as operators take it, read afresh on every call: states are edited by clients.
 
     Returns (absmax, absmax_code, absmax2, offset, blocksize2, blocksize, quant_type, n, k).
@@ -292,7 +345,14 @@ def weight_arguments(function, state):
     return state.absmax, inner.code, inner.absmax, state.offset, inner.blocksize, *tail
 
 
-def gemv_4bit(A, B, out=None, transposed_A=False, transposed_B=False, state=None):
+def gemv_4bit(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+    state: QuantState | None = None,
+) -> Tensor:
     """A W^T, where B holds the 4-bit weight W [n, k]; any number of rows.
 
     A      [..., k], float32, float16 or bfloat16
@@ -308,24 +368,24 @@ def gemv_4bit(A, B, out=None, transposed_A=False, transposed_B=False, state=None
 
 
 def optimizer_update_32bit(
-    optimizer_name,
-    g,
-    p,
-    state1,
-    beta1,
-    eps,
-    step,
-    lr,
-    state2=None,
-    beta2=0.0,
-    beta3=0.0,
-    alpha=0.0,
-    weight_decay=0.0,
-    gnorm_scale=1.0,
-    unorm_vec=None,
-    max_unorm=0.0,
-    skip_zeros=False,
-):
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    beta1: float,
+    eps: float,
+    step: int,
+    lr: float,
+    state2: Tensor | None = None,
+    beta2: float = 0.0,
+    beta3: float = 0.0,
+    alpha: float = 0.0,
+    weight_decay: float = 0.0,
+    gnorm_scale: float = 1.0,
+    unorm_vec: Tensor | None = None,
+    max_unorm: float = 0.0,
+    skip_zeros: bool = False,
+) -> None:
     """One update of p, state1 and state2 in place, with 32-bit state. Returns None.
 
     optimizer_name  adam, lamb, ademamix, momentum, lars, lion, rmsprop or adagrad: see docs/OPTIMIZERS.md
@@ -346,26 +406,26 @@ def optimizer_update_32bit(
 
 
 def optimizer_update_8bit_blockwise(
-    optimizer_name,
-    g,
-    p,
-    state1,
-    state2,
-    beta1,
-    beta2,
-    beta3,
-    alpha,
-    eps,
-    step,
-    lr,
-    qmap1,
-    qmap2,
-    absmax1,
-    absmax2,
-    weight_decay=0.0,
-    gnorm_scale=1.0,
-    skip_zeros=False,
-):
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    step: int,
+    lr: float,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    absmax1: Tensor,
+    absmax2: Tensor | None,
+    weight_decay: float = 0.0,
+    gnorm_scale: float = 1.0,
+    skip_zeros: bool = False,
+) -> None:
     """One update of p, its 8-bit states and their scales in place, in blocks of 256. Returns None.
 
     optimizer_name    adam, lamb, ademamix, momentum, lars, lion, rmsprop or adagrad: see docs/OPTIMIZERS.md
@@ -384,7 +444,9 @@ def optimizer_update_8bit_blockwise(
     )
 
 
-def percentile_clipping(grad, gnorm_vec, step, percentile=5):
+def percentile_clipping(
+    grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int = 5
+) -> tuple[Tensor, Tensor, Tensor]:
     """Note a gradient's norm, and what would bring it down to a percentile of the last 100.
 
     grad        float32, float16 or bfloat16, any shape

@@ -4,6 +4,7 @@ A module offers both through its __getattr__: `return gone.find(__name__, name)`
 """
 
 import importlib
+from typing import Any
 
 _LEGACY = "bitsandbytes.legacy"
 _LAYOUT = "bitsandbytes.cpu_layout"
@@ -74,7 +75,7 @@ def text(module: str, name: str) -> str:
     return f"{module}.{name} is gone: {_GONE[module][name]} (docs/MIGRATION.md)"
 
 
-def find(module: str, name: str):
+def find(module: str, name: str) -> Any:
     """The value of module.name where it moved.
 
     AttributeError otherwise: with advice if the name is gone, like Python's own if it never was.

@@ -16,11 +16,19 @@ def _warn(name: str) -> None:
     warnings.warn(f"{name} is deprecated, use int8_linear_matmul(A, B), which is A B^T", FutureWarning, stacklevel=3)
 
 
-def _is_contraction(A, B, out):
+def _is_contraction(A: Tensor, B: Tensor, out: Tensor | None) -> bool:
     return A.dim() == 3 and B.dim() == 3 and out is not None and out.dim() == 2
 
 
-def _result_shape(name, A, B, out, transposed_A, transposed_B, expected_type):
+def _result_shape(
+    name: str,
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None,
+    transposed_A: bool,
+    transposed_B: bool,
+    expected_type: torch.dtype,
+) -> tuple[int, ...]:
     for label, x in (("A", A), ("B", B)):
         if x.dtype != expected_type:
             raise TypeError(f"{name}: {label} has dtype {x.dtype}, expected {expected_type}")
@@ -58,7 +66,9 @@ def check_matmul(
     return _result_shape("check_matmul", A, B, out, transposed_A, transposed_B, expected_type)
 
 
-def multiply(name, A, B, out=None, transposed_A=False, transposed_B=False):
+def multiply(
+    name: str, A: Tensor, B: Tensor, out: Tensor | None = None, transposed_A: bool = False, transposed_B: bool = False
+) -> Tensor:
     """igemm() without the warning; `name` opens the text of errors."""
     shape = _result_shape(name, A, B, out, transposed_A, transposed_B, torch.int8)
     if _is_contraction(A, B, out):

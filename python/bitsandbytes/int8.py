@@ -6,6 +6,7 @@ Scale".
 """
 
 import torch
+from torch import Tensor
 
 from . import _ops
 from .codebooks import fill
@@ -13,7 +14,7 @@ from .codebooks import fill
 _bnb = torch.ops.bitsandbytes
 
 
-def int8_vectorwise_quant(A, threshold=0.0):
+def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """Quantise each row of A [..., cols] to int8 by its largest magnitude.
 
     A          float32, float16 or bfloat16
@@ -25,12 +26,19 @@ def int8_vectorwise_quant(A, threshold=0.0):
     return _ops.call(_bnb.int8_vectorwise_quant.default, A, threshold)
 
 
-def int8_vectorwise_dequant(A, stats):
+def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
     """The inverse: A * stats / 127 as float32. A int8 [..., cols], stats float32 [rows]. ValueError: no such shapes."""
     return _ops.call(_bnb.int8_vectorwise_dequant.default, A, stats)
 
 
-def int8_double_quant(A, col_stats=None, row_stats=None, out_col=None, out_row=None, threshold=0.0):
+def int8_double_quant(
+    A: Tensor,
+    col_stats: Tensor | None = None,
+    row_stats: Tensor | None = None,
+    out_col: Tensor | None = None,
+    out_row: Tensor | None = None,
+    threshold: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Quantise A [..., cols] by rows and by columns.
 
     Returns (codes by row, codes by column, row statistics [rows], column statistics [cols], outlier columns or None);
@@ -44,7 +52,7 @@ def int8_double_quant(A, col_stats=None, row_stats=None, out_col=None, out_row=N
     return _ops.call(_bnb.int8_double_quant.default, A, threshold)
 
 
-def int8_linear_matmul(A, B, out=None, dtype=torch.int32):
+def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
     """A B^T in exact int32 arithmetic.
 
     A      int8 [..., k]
@@ -59,7 +67,9 @@ def int8_linear_matmul(A, B, out=None, dtype=torch.int32):
     return out
 
 
-def int8_mm_dequant(A, row_stats, col_stats, out=None, bias=None):
+def int8_mm_dequant(
+    A: Tensor, row_stats: Tensor, col_stats: Tensor, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """A row_stats col_stats / 127^2 + bias, rounded once to float16.
 
     A          int32 [..., n], a product of int8_linear_matmul()

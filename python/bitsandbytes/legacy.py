@@ -4,7 +4,7 @@ They keep their old signatures and are found where they used to be (functional.N
 What is not here is gone for good: docs/MIGRATION.md.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def dequantize_no_absmax(A: Tensor, code: Tensor, out: Tensor | None = None) -> 
 # ---------------------------------------------------------------- int8 codes with scales along dimensions
 
 
-def _zero_point(x, low, high):
+def _zero_point(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     span = high - low
     step = _ZERO_POINT_LEVELS / torch.where(span == 0, torch.ones_like(span), span)
     zero = torch.round(low * step)
@@ -192,7 +192,7 @@ def double_quant(
 # ---------------------------------------------------------------- a product of two quantised operands
 
 
-def _quantised_product(X, Y, quant_type):
+def _quantised_product(X: Tensor, Y: Tensor, quant_type: str) -> Tensor:
     """X [..., m, k] times Y [k, n], or [b, m, k] times [b, k, n], through int8; dtype of X."""
     shape = *X.shape[:-1], Y.shape[-1]
     if Y.dim() == 2:
@@ -207,7 +207,15 @@ class MatMul8bit(torch.autograd.Function):
     """The product behind matmul_cublas(): apply(A, B, out, quant_type, precision)."""
 
     @staticmethod
-    def forward(ctx, A, B, out=None, quant_type="vector", precision=None):
+    def forward(
+        ctx: Any,
+        A: Tensor,
+        B: Tensor,
+        out: Tensor | None = None,
+        quant_type: str = "vector",
+        precision: list[int] | None = None,
+    ) -> Tensor:
+        """The product. ValueError: quant_type or precision."""
         precision = [8, 8, 8] if precision is None else list(precision)
         if quant_type not in ("linear", "row", "vector", "truncated-vector"):
             raise ValueError(
@@ -221,7 +229,8 @@ class MatMul8bit(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of A and B that are wanted, through int8 where precision has an 8."""
         A, B = ctx.saved_tensors
         multiplied = [
             (lambda x, y: _quantised_product(x, y, ctx.quant_type)) if bits == 8 else torch.matmul

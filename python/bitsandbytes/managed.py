@@ -4,8 +4,11 @@ This library allocates no managed memory: a helper that would need some says so.
 because the operating system pages CPU memory anyway.
 """
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
+from torch.types import Device
 
 FIRST_CUDA_DEVICE = torch.device("cuda", index=0)
 
@@ -18,12 +21,12 @@ class GlobalPageManager:
 
     _instance = None
 
-    def __init__(self):
+    def __init__(self) -> None:
         raise RuntimeError("GlobalPageManager has one object, expected a call of GlobalPageManager.get_instance()")
 
     def initialize(self) -> None:
         """Forget all tensors."""
-        self.paged_tensors = []
+        self.paged_tensors: list[Tensor] = []
 
     @classmethod
     def get_instance(cls) -> "GlobalPageManager":
@@ -44,7 +47,7 @@ class CUBLAS_Context:
 
     _instance = None
 
-    def __init__(self):
+    def __init__(self) -> None:
         raise RuntimeError("CUBLAS_Context has one object, expected a call of CUBLAS_Context.get_instance()")
 
     def initialize(self) -> None:
@@ -59,7 +62,7 @@ class CUBLAS_Context:
             cls._instance.initialize()
         return cls._instance
 
-    def get_context(self, device):
+    def get_context(self, device: Device) -> NoReturn:
         """RuntimeError, whatever the device."""
         raise RuntimeError(
             f"CUBLAS_Context: no handle for {device}, this library does not use cuBLAS; call its operators"

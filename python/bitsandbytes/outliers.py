@@ -7,8 +7,10 @@ Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers 
 """
 
 import logging
+from typing import Any
 
 import torch
+from torch import Tensor
 
 # Where clients find these names, and their log messages.
 _logger = logging.getLogger("bitsandbytes.utils")
@@ -17,12 +19,14 @@ _MAGNITUDE = 6.0  # an input at least this far from zero makes its feature an ou
 _INPUT_ZSCORE = 3.0
 
 
-def _spread(values, dim):
+def _spread(values: Tensor, dim: int) -> Tensor:
     """The standard deviation over dim, with Bessel's correction where there is more than one value; else 0."""
     return values.std(dim, correction=1 if values.shape[dim] > 1 else 0)
 
 
-def find_outlier_dims(weight, reduction_dim=0, zscore=4.0, topk=None, rdm=False):
+def find_outlier_dims(
+    weight: Tensor, reduction_dim: int = 0, zscore: float = 4.0, topk: int | None = None, rdm: bool = False
+) -> Tensor:
     """The rows or columns of a matrix whose values vary most.
 
     weight         any float dtype [rows, columns]; of a linear layer [out, in]
@@ -48,7 +52,7 @@ def find_outlier_dims(weight, reduction_dim=0, zscore=4.0, topk=None, rdm=False)
         return torch.where(spread - spread.mean() > zscore * _spread(spread, 0))[0]
 
 
-def _find_input_outliers(x):
+def _find_input_outliers(x: Tensor) -> Tensor:
     """Features of x [..., features] that vary much more than the others or hold a large value; ascending int64."""
     tokens = x.detach().reshape(-1, x.shape[-1])
     if tokens.shape[0] == 0:
@@ -58,7 +62,7 @@ def _find_input_outliers(x):
     return torch.cat([varying, large]).unique()
 
 
-def outlier_hook(module, input):
+def outlier_hook(module: torch.nn.Linear, input: tuple[Any, ...]) -> None:
     """A forward pre-hook of nn.Linear: note the outliers of its input features in the OutlierTracer.
 
     The first layer that runs is judged by its input, if that is a positional argument, all others by their weights.
@@ -83,13 +87,16 @@ class OutlierTracer:
     hooks               handles of the hooks that are still in place
     """
 
-    _instance = None
+    _instance: "OutlierTracer | None" = None
+    initialized: bool
+    hooks: list[Any]
+    hvalue2outlier_idx: dict[int, Tensor]
 
-    def __init__(self):
+    def __init__(self) -> None:
         raise RuntimeError("OutlierTracer: call get_instance()")
 
     @classmethod
-    def get_instance(cls):
+    def get_instance(cls) -> "OutlierTracer":
         """The one tracer."""
         if cls._instance is None:
             cls._instance = cls.__new__(cls)
@@ -98,7 +105,7 @@ class OutlierTracer:
             cls._instance.hvalue2outlier_idx = {}
         return cls._instance
 
-    def initialize(self, model):
+    def initialize(self, model: torch.nn.Module) -> None:
         """Forget everything, and watch each nn.Linear of model during its next forward."""
         self.remove_hooks()
         self.hvalue2outlier_idx = {}
@@ -106,21 +113,21 @@ class OutlierTracer:
         self.hooks = [linear.register_forward_pre_hook(outlier_hook) for linear in linears]
         self.initialized = True
 
-    def is_initialized(self):
+    def is_initialized(self) -> bool:
         """True after initialize()."""
         return self.initialized
 
-    def remove_hooks(self):
+    def remove_hooks(self) -> None:
         """Stop watching; what was found stays."""
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
 
-    def get_hvalue(self, weight):
+    def get_hvalue(self, weight: Tensor) -> int:
         """What a weight is known by: the address of its storage."""
         return weight.untyped_storage().data_ptr()
 
-    def get_outliers(self, weight):
+    def get_outliers(self, weight: Tensor) -> Tensor | None:
         """int64 indices of the outlier features of weight [out, in]; None if it has not been seen.
 
         Before initialize() that is None too, with a warning.

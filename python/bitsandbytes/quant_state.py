@@ -6,8 +6,11 @@ The dict forms are a file format: docs/FORMAT.md, section 6.
 """
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.types import Device
 
 from .utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
@@ -31,21 +34,32 @@ class QuantState:
     nested      True if absmax itself is quantised; set from state2, writable
     """
 
+    # X | Any: None in the cases named above; a type checker asks for no proof of which case it is.
+    absmax: Tensor
+    shape: torch.Size | Any
+    code: Tensor | Any
+    blocksize: int | Any
+    quant_type: str | Any
+    dtype: torch.dtype | Any
+    offset: Tensor | Any
+    state2: "QuantState | Any"
+    nested: bool
+
     valid_quant_types = ("fp4", "nf4")
     valid_qs_type_keys = tuple(f"bitsandbytes__{name}" for name in valid_quant_types)
     valid_qs_keys = (*_TENSOR_KEYS, *_JSON_KEYS, "quant_state")
 
     def __init__(
         self,
-        absmax,
-        shape=None,
-        code=None,
-        blocksize=None,
-        quant_type=None,
-        dtype=None,
-        offset=None,
-        state2=None,
-    ):
+        absmax: Tensor,
+        shape: torch.Size | None = None,
+        code: Tensor | None = None,
+        blocksize: int | None = None,
+        quant_type: str | None = None,
+        dtype: torch.dtype | None = None,
+        offset: Tensor | None = None,
+        state2: "QuantState | None" = None,
+    ) -> None:
         self.absmax = absmax
         self.shape = shape
         self.code = code
@@ -56,18 +70,18 @@ class QuantState:
         self.state2 = state2
         self.nested = state2 is not None
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         """The packed metadata as an attribute, "bitsandbytes__<quant_type>": FSDP reaches checkpoint keys by name."""
         if name.startswith("bitsandbytes__") and name == f"bitsandbytes__{self.quant_type}":
             return self.as_dict(packed=True)[f"quant_state.{name}"]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         """The list form of old releases: [absmax, shape, dtype, blocksize, [offset, state2] or None, quant_type]."""
         nested = [self.offset, self.state2] if self.nested else None
         return [self.absmax, self.shape, self.dtype, self.blocksize, nested, self.quant_type][index]
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, QuantState):
             return False
         return (
@@ -81,15 +95,15 @@ class QuantState:
             and self.state2 == other.state2
         )
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         shape = None if self.shape is None else tuple(self.shape)
         parts = [f"quant_type={self.quant_type!r}", f"shape={shape}", f"dtype={self.dtype}"]
         parts += [f"blocksize={self.blocksize}", f"absmax={_describe(self.absmax)}", f"nested={self.nested}"]
         return f"{type(self).__name__}({', '.join(parts)})"
 
-    def to(self, device):
+    def to(self, device: Device) -> "QuantState":
         """Move every tensor to device, in place. Returns self."""
         self.absmax = _move(self.absmax, device)
         self.code = _move(self.code, device)
@@ -99,7 +113,7 @@ class QuantState:
             self.state2.code = _move(self.state2.code, device)
         return self
 
-    def as_dict(self, packed=False):
+    def as_dict(self, packed: bool = False) -> dict[str, Any]:
         """The state as a dict. packed: tensors only, the rest as JSON in "quant_state.bitsandbytes__<quant_type>".
 
         8-bit states (quant_type None) have no packed form: their unpacked dict is returned.
@@ -127,7 +141,7 @@ class QuantState:
         return result
 
     @classmethod
-    def from_dict(cls, qs_dict, device):
+    def from_dict(cls, qs_dict: dict[str, Any], device: Device) -> "QuantState":
         """Read either dict form; keys may carry a prefix that ends in a dot. Tensors are moved to device.
 
         qs_dict is not changed.  KeyError: a key is missing.  ValueError: an unknown key, metadata that cannot be
@@ -156,7 +170,7 @@ class QuantState:
         )
 
 
-def _fields(cls, qs_dict):
+def _fields(cls: type[QuantState], qs_dict: dict[str, Any]) -> dict[str, Any]:
     """Flatten either dict form to {short key: value}, without judging the values."""
     packed = [key for key, value in qs_dict.items() if "quant_state" in key and isinstance(value, torch.Tensor)]
     fields = {}
@@ -182,7 +196,7 @@ def _fields(cls, qs_dict):
     return fields
 
 
-def _add_packed(fields, key, quant_type, payload):
+def _add_packed(fields: dict[str, Any], key: str, quant_type: str, payload: Tensor) -> None:
     """Decode the JSON payload found under `key` and add its entries to fields."""
     try:
         metadata = unpack_tensor_to_dict(payload)
@@ -197,7 +211,7 @@ def _add_packed(fields, key, quant_type, payload):
     fields.setdefault("quant_type", quant_type)
 
 
-def _check(cls, fields):
+def _check(cls: type[QuantState], fields: dict[str, Any]) -> None:
     """Refuse values of wrong type and statistics that do not fit the described tensor."""
     for key in ("absmax", "quant_map", "blocksize", "dtype", "shape"):
         if key not in fields:
@@ -220,7 +234,7 @@ def _check(cls, fields):
                 raise ValueError(f"quant state: key {key!r} without 'nested_absmax', expected both or neither")
 
 
-def _check_nested(fields):
+def _check_nested(fields: dict[str, Any]) -> None:
     for key in _NESTED_KEYS:
         if key not in fields:
             raise KeyError(f"quant state: key {key!r} is missing, but 'nested_absmax' is there")
@@ -233,52 +247,52 @@ def _check_nested(fields):
     _expect_tensor("nested_quant_map", fields["nested_quant_map"], torch.float32, 256)
 
 
-def _expect(key, value, holds, expected):
+def _expect(key: str, value: Any, holds: bool, expected: object) -> None:
     if not holds:
         raise ValueError(f"quant state: {key} is {value!r}, expected {expected}")
 
 
-def _expect_count(key, value):
+def _expect_count(key: str, value: Any) -> None:
     _expect(key, value, _is_int(value) and value > 0, "an integer > 0")
 
 
-def _expect_tensor(key, value, dtype, entries):
+def _expect_tensor(key: str, value: Any, dtype: torch.dtype, entries: int | None) -> None:
     _expect(key, type(value).__name__, isinstance(value, torch.Tensor), "a tensor")
     _expect(f"{key}.dtype", value.dtype, value.dtype == dtype, dtype)
     _expect(f"{key}.numel()", value.numel(), entries in (None, value.numel()), f"{entries} by shape and block size")
 
 
-def _is_int(value):
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
-def _is_name(value):
+def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value in _DTYPES
 
 
-def _dtype_name(dtype):
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _move(value, device):
+def _move(value: Any, device: Device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def _same(a, b):
+def _same(a: Any, b: Any) -> bool:
     """Equality of two offsets: None, numbers or 0-dim tensors."""
     if a is None or b is None:
         return a is b
     return float(a) == float(b)
 
 
-def _close(a, b):
+def _close(a: Tensor | None, b: Tensor | None) -> bool:
     """Equality of two statistics tensors, absolute tolerance 1e-6; None equals None."""
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-6)
 
 
-def _describe(tensor):
+def _describe(tensor: object) -> str:
     if not isinstance(tensor, torch.Tensor):
         return repr(tensor)
     return f"{_dtype_name(tensor.dtype)}{list(tensor.shape)} on {tensor.device}"

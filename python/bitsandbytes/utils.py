@@ -7,8 +7,11 @@ per element of a uint8 tensor.  Layout: docs/FORMAT.md, section 6.
 import json
 import shlex
 import subprocess
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .outliers import OutlierTracer as OutlierTracer
 from .outliers import find_outlier_dims as find_outlier_dims
@@ -20,8 +23,12 @@ INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = dict(enumerate(LINEAR_8BIT_WEIGHTS_
 
 
 def replace_linear(
-    model, linear_replacement, skip_modules=("lm_head",), copy_weights=False, post_processing_function=None
-):
+    model: torch.nn.Module,
+    linear_replacement: Callable[[int, int, bool], torch.nn.Module],
+    skip_modules: Sequence[str] = ("lm_head",),
+    copy_weights: bool = False,
+    post_processing_function: str | None = None,
+) -> torch.nn.Module:
     """Replace the nn.Linear modules below `model`, in place. Returns model.
 
     linear_replacement        called as linear_replacement(in_features, out_features, has_bias)
@@ -43,12 +50,12 @@ def replace_linear(
     return model
 
 
-def pack_dict_to_tensor(source_dict):
+def pack_dict_to_tensor(source_dict: dict[str, Any]) -> Tensor:
     """Encode a dictionary of JSON values. Returns uint8 [bytes] on the CPU: UTF-8 JSON with default separators."""
     return torch.tensor(list(json.dumps(source_dict).encode("utf-8")), dtype=torch.uint8, device="cpu")
 
 
-def unpack_tensor_to_dict(tensor_data):
+def unpack_tensor_to_dict(tensor_data: Tensor) -> dict[str, Any]:
     """Decode what pack_dict_to_tensor() wrote. tensor_data: uint8 [bytes], any device, any JSON whitespace.
 
     Raises ValueError where the dtype is not uint8, or the bytes are not UTF-8, not JSON or not a JSON object.
@@ -66,13 +73,13 @@ def unpack_tensor_to_dict(tensor_data):
     return decoded
 
 
-def sync_gpu(t):
+def sync_gpu(t: Tensor) -> None:
     """Wait until the device of tensor t has finished its queued work; the CPU has none."""
     if t.device.type != "cpu":
         getattr(torch, t.device.type).synchronize(t.device)
 
 
-def execute_and_return(command_string):
+def execute_and_return(command_string: str) -> tuple[str, str]:
     """Run a command without a shell. Returns (stdout, stderr) as text; FileNotFoundError: no such program."""
     done = subprocess.run(shlex.split(command_string), capture_output=True, text=True, check=False)
     return done.stdout, done.stderr

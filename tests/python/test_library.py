@@ -45,7 +45,8 @@ def test_has_no_search_path(library):
 
 def test_exports_the_header_and_the_entry_for_torch(library, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "tools")
-    status = tool("check_symbols").main(library, ROOT / "include" / "bitsandbytes.h")
+    headers = ROOT / "include" / "bitsandbytes.h", ROOT / "src" / "clients" / "ctypes.h"
+    status = tool("check_symbols").main(library, *headers)
     assert status == 0, capsys.readouterr().out
 
 

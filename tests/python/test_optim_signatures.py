@@ -110,17 +110,24 @@ def test_all_is_complete():
     assert all(getattr(optim, name).__name__ == name for name in optim.__all__)
 
 
+def bare(owner):
+    """The signature of a class or function: names, kinds and defaults, without types."""
+    signature = inspect.signature(owner)
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return signature.replace(parameters=parameters, return_annotation=signature.empty)
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_signature(name):
     contract, missing, _, _ = CLASSES[name]
     whole = inspect.signature(contract)
     kept = [p for p in whole.parameters.values() if p.name not in missing.split()]
-    assert inspect.signature(getattr(optim, name)) == whole.replace(parameters=kept)
+    assert bare(getattr(optim, name)) == whole.replace(parameters=kept)
 
 
 def test_signatures_of_the_references():
-    assert inspect.signature(optim.PytorchLARS) == inspect.signature(pytorch_lars)
-    assert inspect.signature(optim.ademamix._ReferenceAdEMAMix) == inspect.signature(reference)
+    assert bare(optim.PytorchLARS) == inspect.signature(pytorch_lars)
+    assert bare(optim.ademamix._ReferenceAdEMAMix) == inspect.signature(reference)
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -1,5 +1,7 @@
 """All modules of this package under one name, where clients look for them."""
 
+from typing import Any
+
 from .. import gone
 from .embedding import Embedding, StableEmbedding
 from .int8params import Int8Params
@@ -28,5 +30,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     return gone.find(__name__, name)

@@ -1,7 +1,8 @@
 """OutlierAwareLinear: the frame of a linear layer that treats the outlier features of its input specially."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.types import Device
 
 from ..outliers import OutlierTracer
 
@@ -16,20 +17,20 @@ class OutlierAwareLinear(nn.Linear):
     and replaces the values of the weight by what quantize_weight() returns.
     """
 
-    def __init__(self, input_features, output_features, bias=True, device=None):
+    def __init__(self, input_features: int, output_features: int, bias: bool = True, device: Device = None) -> None:
         super().__init__(input_features, output_features, bias, device)
-        self.outlier_dim = None
+        self.outlier_dim: Tensor | None = None
         self.is_quantized = False
 
-    def forward_with_outliers(self, x, outlier_idx):
+    def forward_with_outliers(self, x: Tensor, outlier_idx: Tensor | None) -> Tensor:
         """The output [..., out] for x [..., in]. For subclasses."""
         raise NotImplementedError(f"{type(self).__name__}: define forward_with_outliers(self, x, outlier_idx)")
 
-    def quantize_weight(self, w, outlier_idx):
+    def quantize_weight(self, w: Tensor, outlier_idx: Tensor | None) -> Tensor:
         """The values [out, in] that replace those of w. For subclasses."""
         raise NotImplementedError(f"{type(self).__name__}: define quantize_weight(self, w, outlier_idx)")
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """forward_with_outliers(x, outlier_dim); quantises first if that is still to be done."""
         if not self.is_quantized:
             if self.outlier_dim is None:

@@ -5,6 +5,11 @@
 Duchi, Hazan & Singer 2011, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization".
 """
 
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
 from .optimizer import Optimizer1State
 from .variants import Variant, expect
 
@@ -25,17 +30,17 @@ class Adagrad(Variant, Optimizer1State):
 
     def __init__(
         self,
-        params,
-        lr=1e-2,
-        lr_decay=0,
-        weight_decay=0,
-        initial_accumulator_value=0,
-        eps=1e-10,
-        optim_bits=32,
-        args=None,
-        min_8bit_size=4096,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **options: Any,
+    ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
             expect(value >= 0, self, name, value, "a value >= 0")
         start = initial_accumulator_value
@@ -64,22 +69,22 @@ class Adagrad8bit(Adagrad):
 
     def __init__(
         self,
-        params,
-        lr=1e-2,
-        lr_decay=0,
-        weight_decay=0,
-        initial_accumulator_value=0,
-        eps=1e-10,
-        optim_bits=8,
-        args=None,
-        min_8bit_size=4096,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        optim_bits: int = 8,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **options: Any,
+    ) -> None:
         start = initial_accumulator_value
         super().__init__(params, lr, lr_decay, weight_decay, start, eps, optim_bits, args, min_8bit_size, **options)
 
 
 class Adagrad32bit(Adagrad):
-    """Adagrad with 32-bit state; optim_bits is a placeholder."""
+    """Adagrad with 32-bit state; optim_bits is a placeholder. Arguments and errors: Adagrad."""
 
     _forced_bits = 32

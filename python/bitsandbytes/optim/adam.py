@@ -7,6 +7,11 @@ Kingma & Ba 2015, with the decay of Loshchilov & Hutter 2019: with weight_decay 
 Classes differ in what they force: the name ends in the bits of the state, "Paged" in front asks for paged state.
 """
 
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
 from .optimizer import Optimizer2State
 from .variants import Variant, expect, expect_no_amsgrad
 
@@ -28,18 +33,18 @@ class Adam(Variant, Optimizer2State):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0,
-        amsgrad=False,
-        optim_bits=32,
-        args=None,
-        min_8bit_size=4096,
-        is_paged=False,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Any,
+    ) -> None:
         eight = self._forced_bits == 8
         expect_no_amsgrad(self, amsgrad, ValueError if eight else NotImplementedError)
         expect(not eight or optim_bits == 32, self, "optim_bits", optim_bits, "to be left alone: the class means 8")
@@ -59,30 +64,30 @@ class Adam(Variant, Optimizer2State):
 
 
 class Adam8bit(Adam):
-    """Adam with 8-bit state; optim_bits is a placeholder."""
+    """Adam with 8-bit state; optim_bits is a placeholder. Arguments and errors: Adam."""
 
     _forced_bits = 8
 
 
 class Adam32bit(Adam):
-    """Adam with 32-bit state; optim_bits is a placeholder."""
+    """Adam with 32-bit state; optim_bits is a placeholder. Arguments and errors: Adam."""
 
     _forced_bits = 32
 
 
 class PagedAdam(Adam):
-    """Adam with paged state, whatever is_paged says."""
+    """Adam with paged state, whatever is_paged says. Arguments and errors: Adam."""
 
     _always_paged = True
 
 
 class PagedAdam8bit(PagedAdam):
-    """Adam with paged 8-bit state; optim_bits is a placeholder."""
+    """Adam with paged 8-bit state; optim_bits is a placeholder. Arguments and errors: Adam."""
 
     _forced_bits = 8
 
 
 class PagedAdam32bit(PagedAdam):
-    """Adam with paged 32-bit state; optim_bits is a placeholder."""
+    """Adam with paged 32-bit state; optim_bits is a placeholder. Arguments and errors: Adam."""
 
     _forced_bits = 32

@@ -9,8 +9,12 @@ Pagliardini, Ablin & Grangier 2024, "The AdEMAMix Optimizer: Better, Faster, Old
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .optimizer import Optimizer2State
 from .variants import Variant, WideState, wide_dtype
@@ -32,19 +36,19 @@ class AdEMAMix(Variant, Optimizer2State):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999, 0.9999),
-        alpha=5.0,
-        t_alpha=None,
-        t_beta3=None,
-        eps=1e-8,
-        weight_decay=1e-2,
-        optim_bits=32,
-        min_8bit_size=4096,
-        is_paged=False,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        optim_bits: int = 32,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(
             "ademamix",
             params,
@@ -68,18 +72,18 @@ class _FixedAdEMAMix(AdEMAMix):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999, 0.9999),
-        alpha=5.0,
-        t_alpha=None,
-        t_beta3=None,
-        eps=1e-8,
-        weight_decay=1e-2,
-        min_8bit_size=4096,
-        is_paged=False,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(
             params,
             lr,
@@ -115,18 +119,18 @@ class PagedAdEMAMix(AdEMAMix):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999, 0.9999),
-        alpha=5.0,
-        t_alpha=None,
-        t_beta3=None,
-        eps=1e-8,
-        weight_decay=1e-2,
-        optim_bits=32,
-        min_8bit_size=4096,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        optim_bits: int = 32,
+        min_8bit_size: int = 4096,
+        **options: Any,
+    ) -> None:
         super().__init__(
             params,
             lr,
@@ -147,17 +151,17 @@ class _FixedPagedAdEMAMix(PagedAdEMAMix):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999, 0.9999),
-        alpha=5.0,
-        t_alpha=None,
-        t_beta3=None,
-        eps=1e-8,
-        weight_decay=1e-2,
-        min_8bit_size=4096,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        min_8bit_size: int = 4096,
+        **options: Any,
+    ) -> None:
         bits, options = self._forced_bits, self._options(options)
         super().__init__(params, lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay, bits, min_8bit_size, **options)
 
@@ -183,20 +187,20 @@ class _ReferenceAdEMAMix(WideState, torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999, 0.9999),
-        alpha=5.0,
-        eps=1e-8,
-        weight_decay=1e-2,
-        t_beta3=None,
-        t_alpha=None,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        t_beta3: int | None = None,
+        t_alpha: int | None = None,
+    ) -> None:
         defaults = {"lr": lr, "betas": betas, "alpha": alpha, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "t_beta3": t_beta3, "t_alpha": t_alpha})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient. closure: evaluates the model again; its value is returned."""
         loss = None
         if closure is not None:
@@ -210,7 +214,7 @@ class _ReferenceAdEMAMix(WideState, torch.optim.Optimizer):
                     self._update(p, group, alpha, beta3)
         return loss
 
-    def _update(self, p, group, alpha, beta3):
+    def _update(self, p: Tensor, group: dict[str, Any], alpha: float, beta3: float) -> None:
         beta1, beta2, _ = group["betas"]
         wide, state = wide_dtype(p), self.state[p]
         if not state:
@@ -226,7 +230,7 @@ class _ReferenceAdEMAMix(WideState, torch.optim.Optimizer):
         p.copy_(p.to(wide) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * u)
 
 
-def _scheduled(group):
+def _scheduled(group: dict[str, Any]) -> tuple[float, float]:
     """alpha and b3 of the group's present step."""
     step, alpha, (beta1, _, beta3) = group["step"], group["alpha"], group["betas"]
     if group["t_alpha"]:

@@ -4,12 +4,16 @@ Walking a thousand parameters in Python costs more than updating small ones, so 
 long as the parameters, the gradients that are present, and the state tensors are the same objects.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from operator import is_, itemgetter
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import _ops
 from . import sharding
+from .settings import Settings
 
 _bnb = torch.ops.bitsandbytes
 _LISTS = ("state1", "state2", "absmax1", "absmax2")
@@ -22,17 +26,20 @@ class Call:
     ordinals  places of the parameters in the optimizer: the stream of each one's random numbers
     """
 
-    def __init__(self, name, own, qmaps):
+    def __init__(self, name: str, own: dict[str, Any], qmaps: Iterable[Tensor]) -> None:
         self.name, self.own, self.qmaps = name, own, list(qmaps)
-        self.params, self.states, self.ordinals = [], [], []
-        self._ready = None  # what ready_for() has made
+        self.params: list[Tensor] = []
+        self.states: list[dict[str, Any]] = []
+        self.ordinals: list[int] = []
+        self._ready: tuple[bool, bool, bool] | None = None  # what ready_for() has made
 
-    def add(self, p, state, ordinal):
+    def add(self, p: Tensor, state: dict[str, Any], ordinal: int) -> None:
+        """Take in one parameter with its state; ordinal: its place in the optimizer."""
         self.params.append(p)
         self.states.append(state)
         self.ordinals.append(ordinal)
 
-    def close(self, shared):
+    def close(self, shared: Iterable[Tensor]) -> None:
         """All parameters are in: make the lists that stay. shared: the maps of 8-bit state without maps of its own."""
         if not self.qmaps and any("qmap1" in state for state in self.states):
             self.qmaps = list(shared)
@@ -42,13 +49,13 @@ class Call:
             states = [state for state in self.states if key in state]
             self.kept.append((itemgetter(key), states, [state[key] for state in states]))
 
-    def is_current(self, of):
+    def is_current(self, of: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Are states and their tensors still the objects of the lists? of: parameter -> state."""
         return all(map(is_, map(of.__getitem__, self.params), self.states)) and all(
             all(map(is_, map(get, states), tensors)) for get, states, tensors in self.kept
         )
 
-    def ready_for(self, settings):
+    def ready_for(self, settings: Settings) -> None:
         """Make the entries of the states that the settings ask for, and each `step` a tensor or an int."""
         wanted = (settings.max_unorm > 0, settings.percentile < 100, settings.capturable)
         if wanted == self._ready:
@@ -62,7 +69,7 @@ class Call:
                 state["step"] = torch.tensor(count, device=p.device) if settings.capturable else int(count)
         self._ready = wanted
 
-    def run(self, settings):
+    def run(self, settings: Settings) -> None:
         """Update the parameters, and count the step."""
         params, grads, lists = self.params, [p.grad for p in self.params], [tensors for _, _, tensors in self.kept]
         if self.sharded:
@@ -83,7 +90,7 @@ class Call:
         for state, count in zip(self.states, step, strict=False):
             state["step"] = count
 
-    def _clip(self, grads, steps, step, settings):
+    def _clip(self, grads: list[Tensor], steps: list[Tensor], step: list[int], settings: Settings) -> Tensor:
         """What each gradient is multiplied with, f32 [count], by the percentile of its last norms."""
         norms = _ops.call(_bnb._gradient_norms.default, grads)
         if self.sharded:
@@ -96,10 +103,10 @@ class Call:
 class Plan:
     """The calls of one group, and what they depend on."""
 
-    def __init__(self, params, present, calls):
+    def __init__(self, params: Sequence[Tensor], present: list[bool], calls: list[Call]) -> None:
         self.params, self.present, self.calls = list(params), present, calls
 
-    def fits(self, params, present, of):
+    def fits(self, params: Sequence[Tensor], present: list[bool], of: Mapping[Tensor, dict[str, Any]]) -> bool:
         """May the calls be run once more?"""
         if len(params) != len(self.params) or present != self.present or not all(map(is_, params, self.params)):
             return False

@@ -10,8 +10,11 @@ anything is changed.  Layout: docs/FORMAT.md, section 7.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..codebooks import default_map
 from . import layouts, scales, sharding
@@ -23,14 +26,14 @@ _LENGTHS = {"gnorm_vec": 100, "unorm_vec": 1}
 _bnb = torch.ops.bitsandbytes
 
 
-def new_absmax(p, rows=0):
+def new_absmax(p: Tensor, rows: int = 0) -> Tensor:
     """Scales of new 8-bit state of p, or of its shard here: zeros, float32 [ceil(n / 256)] or [rows, ceil(n / 256)]."""
     part = sharding.local(p)
     count = scales.blocks(part.numel())
     return torch.zeros((rows, count) if rows else count, dtype=torch.float32, device=part.device)
 
 
-def write(optimizer, state_dict):
+def write(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """torch's state dict with the entries of every parameter in the layout that suits how the parameter is sharded."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
@@ -40,9 +43,9 @@ def write(optimizer, state_dict):
     return {**state_dict, "state": state}
 
 
-def move_state(state):
+def move_state(state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Bring the tensors of every parameter's state to the parameter's device, shared ones once."""
-    moved = {}
+    moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
     for p, entries in state.items():
         for name, value in entries.items():
             if isinstance(value, torch.Tensor) and value.device != p.device:
@@ -51,7 +54,9 @@ def move_state(state):
                 entries[name] = moved[key][1]
 
 
-def read(optimizer, state_dict, move_to_device):
+def read(
+    optimizer: Any, state_dict: dict[str, Any], move_to_device: bool
+) -> tuple[dict[Any, dict[str, Any]], list[dict[str, Any]]]:
     """Check a state dict against an optimizer. Returns (state, param_groups); ValueError where it does not fit.
 
     With sharded parameters every process must call, with the same parameters.  Sharded state is always moved.
@@ -62,7 +67,8 @@ def read(optimizer, state_dict, move_to_device):
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
         raise ValueError(f"load_state_dict: {len(saved_groups)} parameter groups, expected {len(groups)}")
-    owners, merged = {}, []
+    owners: dict[Any, tuple[Tensor, dict[str, Any]]] = {}
+    merged: list[dict[str, Any]] = []
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         if len(group["params"]) != len(saved["params"]):
             got, want = len(saved["params"]), len(group["params"])
@@ -80,7 +86,7 @@ def read(optimizer, state_dict, move_to_device):
     return defaultdict(dict, state), merged
 
 
-def _by_owner(saved, owners):
+def _by_owner(saved: dict[Any, dict[str, Any]], owners: dict[Any, Any]) -> dict[Any, dict[str, Any]]:
     """The saved entries by the keys of the groups.
 
     torch.distributed.checkpoint loads tensors in place, but what is no tensor under a key made of a string: it leaves
@@ -93,7 +99,7 @@ def _by_owner(saved, owners):
     return result
 
 
-def _merged_group(group, saved):
+def _merged_group(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """The saved options over the optimizer's own; lists that a checkpoint made of tuples are tuples again."""
     merged = {**group, **saved, "params": group["params"]}
     for key, value in group.items():
@@ -105,12 +111,12 @@ def _merged_group(group, saved):
 class _Reader:
     """Turns the saved entries of one parameter after the other into state of this release."""
 
-    def __init__(self, optimizer, move_to_device):
+    def __init__(self, optimizer: Any, move_to_device: bool) -> None:
         self.optimizer, self.move_to_device = optimizer, move_to_device
         self.states = optimizer._states
-        self.maps = []  # maps met so far that are not the optimizer's own
+        self.maps: list[Tensor] = []  # maps met so far that are not the optimizer's own
 
-    def entries(self, label, p, group, saved):
+    def entries(self, label: str, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         """The entries of parameter p: checked, copied, converted."""
         flat = layouts.flattened(label, saved)
         if not flat:
@@ -125,11 +131,11 @@ class _Reader:
             result |= self._state(label, p, flat, i)
         return result | {key: self._other(label, p, key, value) for key, value in flat.items() if value is not None}
 
-    def _rows(self, i):
+    def _rows(self, i: int) -> int:
         """Rows that state i has per parameter: 0 if it has the parameter's shape."""
         return getattr(self.optimizer, "_rows", 0) if i == 1 else 0
 
-    def _state(self, label, p, flat, i):
+    def _state(self, label: str, p: Tensor, flat: dict[str, Any], i: int) -> dict[str, Any]:
         """Take state i with its map and scales out of `flat`; the result has one scale per 256 elements."""
         eight, rows = layouts.is_eight(flat, i), self._rows(i)
         state, qmap, absmax, static = (flat.pop(f"{name}{i}", None) for name in ("state", "qmap", "absmax", "max"))
@@ -149,13 +155,15 @@ class _Reader:
             return {f"state{i}": self._shaped(p, state, rows), f"qmap{i}": new, f"absmax{i}": self._copy(p, absmax)}
         return self._regrouped(p, i, state, absmax, form, old, new)
 
-    def _is_here(self, p, state, rows):
+    def _is_here(self, p: Tensor, state: Tensor, rows: int) -> bool:
         """Is a saved state exactly what p needs in this process, but for a copy?"""
         if sharding.is_dtensor(p) or sharding.is_dtensor(state) or state.dtype != torch.uint8:
             return False
         return state.numel() == p.numel() * (rows or 1)
 
-    def _regrouped(self, p, i, state, absmax, form, old, new):
+    def _regrouped(
+        self, p: Tensor, i: int, state: Tensor, absmax: Tensor, form: int | str, old: Tensor, new: Tensor
+    ) -> dict[str, Any]:
         """State i of p out of codes and scales that are cut or ordered differently."""
         rows = self._rows(i)
         per_element = _per_element(p, state, absmax, form, rows)
@@ -170,7 +178,7 @@ class _Reader:
         codes = sharding.wrap(p, codes, lead) if sharding.is_dtensor(p) else codes
         return {f"state{i}": codes, f"qmap{i}": new, f"absmax{i}": found}
 
-    def _placed(self, p, value, rows):
+    def _placed(self, p: Tensor, value: Tensor, rows: int) -> Tensor:
         """A 32-bit state, placed as p is."""
         lead = 1 if rows else 0
         if sharding.is_dtensor(p):
@@ -179,11 +187,11 @@ class _Reader:
             return sharding.part_of(p, value, lead)
         return self._shaped(p, value, rows)
 
-    def _shaped(self, p, value, rows):
+    def _shaped(self, p: Tensor, value: Tensor, rows: int) -> Tensor:
         shape = (rows, *p.shape) if rows else p.shape
         return self._copy(p, value if value.shape == shape else value.reshape(shape))
 
-    def _old_and_new_map(self, p, qmap, i):
+    def _old_and_new_map(self, p: Tensor, qmap: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """(the map that decodes, the map of the state from now on): one object, but for maps that were too long."""
         if qmap.numel() == 256:
             held = self._map(p, qmap, i)
@@ -191,7 +199,7 @@ class _Reader:
         old = qmap[:256].contiguous()
         return old, self._map(p, default_map("udynamic", qmap), i)
 
-    def _map(self, p, qmap, i):
+    def _map(self, p: Tensor, qmap: Tensor, i: int) -> Tensor:
         """A map equal to `qmap`: the optimizer's own where that has the same values, else one shared copy."""
         qmap = qmap.to(p.device) if self.move_to_device or sharding.is_dtensor(p) else qmap
         own = self.optimizer._shared_maps(p)[i - 1]
@@ -201,11 +209,11 @@ class _Reader:
         self.maps.append(qmap.clone())
         return self.maps[-1]
 
-    def _copy(self, p, value):
+    def _copy(self, p: Tensor, value: Tensor) -> Tensor:
         """A copy of a tensor that the state dict keeps; on p's device unless that has to wait."""
         return value.detach().to(p.device if self.move_to_device else value.device, copy=True)
 
-    def _other(self, label, p, key, value):
+    def _other(self, label: str, p: Tensor, key: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         if key in _LENGTHS:
@@ -215,7 +223,7 @@ class _Reader:
         return value.to(p.dtype, copy=True) if value.is_floating_point() else value.clone()
 
 
-def _per_element(p, state, absmax, form, rows):
+def _per_element(p: Tensor, state: Tensor, absmax: Tensor, form: int | str, rows: int) -> Tensor:
     """One scale per element of the saved state, whole or, where the scales are placed as p is, of the shard here."""
     lead = 1 if rows else 0
     if form == "elements":
@@ -233,7 +241,7 @@ def _per_element(p, state, absmax, form, rows):
     return torch.stack([scales.spread(scale, row, form) for scale, row in zip(absmax, state, strict=True)])
 
 
-def _row_scales(state, absmax):
+def _row_scales(state: Tensor, absmax: Tensor) -> Tensor:
     """Scales [2, B] of a state of two rows, the second one where it belongs.
 
     CUDA releases stored the scale of block b of the second row at floor(n / 256) + b of the flat array: one slot early
@@ -250,7 +258,7 @@ def _row_scales(state, absmax):
     return torch.stack([slots[:count], slots[count - 1 : 2 * count - 1]])
 
 
-def _step(label, p, step, capturable):
+def _step(label: str, p: Tensor, step: Any, capturable: bool) -> int | Tensor:
     """The step count as an int, or for a capturable group as a 0-dim float32 tensor on p's device; either is read."""
     count = step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 else step
     if isinstance(count, bool) or not isinstance(count, (int, float)) or not count >= 0 or count != int(count):
@@ -258,12 +266,12 @@ def _step(label, p, step, capturable):
     return torch.tensor(float(count), dtype=torch.float32, device=p.device) if capturable else int(count)
 
 
-def _check_tensor(label, value):
+def _check_tensor(label: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{label} is {type(value).__name__}, expected a tensor")
 
 
-def _check_state(label, p, value, rows):
+def _check_state(label: str, p: Tensor, value: Any, rows: int) -> None:
     _check_tensor(label, value)
     if value.dtype not in (torch.float32, torch.uint8):
         raise ValueError(f"{label} has dtype {value.dtype}, expected torch.float32 or torch.uint8")
@@ -274,25 +282,25 @@ def _check_state(label, p, value, rows):
         raise ValueError(f"{label} has {value.numel()} elements, expected {want} like its parameter")
 
 
-def _check_codes(label, value):
+def _check_codes(label: str, value: Any) -> None:
     part = sharding.local(value)
     if part.dtype != torch.uint8 and not bool(((part >= 0) & (part <= 255) & (part == part.floor())).all()):
         raise ValueError(f"{label} has scales and values that are no codes, expected integers in 0..255")
 
 
-def _check_map(label, value, wide):
+def _check_map(label: str, value: Any, wide: bool) -> None:
     _check_tensor(label, value)
     fits = value.numel() >= 256 if wide else value.numel() == 256
     if value.dtype != torch.float32 or value.dim() != 1 or not fits:
         raise ValueError(f"{label} is {value.dtype} {list(value.shape)}, expected torch.float32 [256]")
 
 
-def _check_length(label, value, length):
+def _check_length(label: str, value: Any, length: int) -> None:
     if value.dtype != torch.float32 or list(value.shape) != [length]:
         raise ValueError(f"{label} is {value.dtype} {list(value.shape)}, expected torch.float32 [{length}]")
 
 
-def _scale_form(label, state, value, rows):
+def _scale_form(label: str, state: Tensor, value: Any, rows: int) -> int | str:
     """What the scales of a state stand for: blocks of 256 or 2048 elements (the number), "runs" or "elements"."""
     _check_tensor(label, value)
     if value.dtype != torch.float32:

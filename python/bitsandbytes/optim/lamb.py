@@ -7,6 +7,11 @@ You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 7
 lengthens a step, and their u holds the weight decay; here s only shortens, and decay stays outside of it.
 """
 
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
 from .optimizer import Optimizer2State
 from .variants import Variant, expect, expect_no_amsgrad
 
@@ -31,20 +36,20 @@ class LAMB(Variant, Optimizer2State):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        bias_correction=True,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0,
-        amsgrad=False,
-        adam_w_mode=True,
-        optim_bits=32,
-        args=None,
-        min_8bit_size=4096,
-        max_unorm=1.0,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        adam_w_mode: bool = True,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 1.0,
+        **options: Any,
+    ) -> None:
         eight = self._forced_bits == 8
         expect_no_amsgrad(self, amsgrad, ValueError if eight else NotImplementedError)
         expect(not eight or max_unorm == 1.0, self, "max_unorm", max_unorm, "1.0, the only bound of this class")
@@ -70,19 +75,19 @@ class _FixedLAMB(LAMB):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        bias_correction=True,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0,
-        amsgrad=False,
-        adam_w_mode=True,
-        args=None,
-        min_8bit_size=4096,
-        max_unorm=1.0,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        adam_w_mode: bool = True,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 1.0,
+        **options: Any,
+    ) -> None:
         super().__init__(
             params,
             lr,

@@ -7,7 +7,12 @@ You, Gitman & Ginsburg 2017, "Large Batch Training of Convolutional Networks". T
 it enters m; here s bounds the step, only shortens it, and leaves m alone.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .optimizer import Optimizer1State
 from .sgd import check_momentum
@@ -23,18 +28,18 @@ class LARS(Variant, Optimizer1State):
 
     def __init__(
         self,
-        params,
-        lr,
-        momentum=0,
-        dampening=0,
-        weight_decay=0,
-        nesterov=False,
-        optim_bits=32,
-        args=None,
-        min_8bit_size=4096,
-        max_unorm=0.02,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 0.02,
+        **options: Any,
+    ) -> None:
         check_momentum(self, momentum, dampening, nesterov)
         super().__init__(
             "lars",
@@ -57,17 +62,17 @@ class _FixedLARS(LARS):
 
     def __init__(
         self,
-        params,
-        lr,
-        momentum=0,
-        dampening=0,
-        weight_decay=0,
-        nesterov=False,
-        args=None,
-        min_8bit_size=4096,
-        max_unorm=0.02,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 0.02,
+        **options: Any,
+    ) -> None:
         super().__init__(
             params,
             lr,
@@ -104,7 +109,16 @@ class PytorchLARS(WideState, torch.optim.Optimizer):
     Raises ValueError for a negative lr, momentum or weight_decay, and for a nesterov that does not fit.
     """
 
-    def __init__(self, params, lr=0.01, momentum=0, dampening=0, weight_decay=0, nesterov=False, max_unorm=0.02):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        max_unorm: float = 0.02,
+    ) -> None:
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             expect(value >= 0, self, name, value, "a value >= 0")
         expect_nesterov_fits(self, nesterov, momentum, dampening)
@@ -112,7 +126,7 @@ class PytorchLARS(WideState, torch.optim.Optimizer):
         super().__init__(params, {**defaults, "nesterov": nesterov, "max_unorm": max_unorm})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient. closure: evaluates the model again; its value is returned."""
         loss = None
         if closure is not None:
@@ -124,7 +138,7 @@ class PytorchLARS(WideState, torch.optim.Optimizer):
                     self._update(p, self.state[p], group)
         return loss
 
-    def _update(self, p, state, group):
+    def _update(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         wide = wide_dtype(p)
         value = p.to(wide)
         g = p.grad.to(wide) + group["weight_decay"] * value
@@ -140,7 +154,7 @@ class PytorchLARS(WideState, torch.optim.Optimizer):
         p.copy_(value - group["lr"] * u)
 
 
-def _trust(value, u, max_unorm):
+def _trust(value: Tensor, u: Tensor, max_unorm: float) -> Tensor:
     """The factor s of a step u, a 0-dim tensor: no norm is read by the host."""
     norm, bound = torch.linalg.vector_norm(u), max_unorm * torch.linalg.vector_norm(value)
     shorten = (norm > bound) & (bound > 0) & torch.isfinite(norm)

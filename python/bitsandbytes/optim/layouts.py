@@ -10,7 +10,10 @@ elements   a parameter that FSDP1 manages: FSDP1 gathers, cuts and merges tensor
            an optimizer that also has 8-bit state lie scales of 1 and no map
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..codebooks import default_map
 from . import scales, sharding
@@ -22,7 +25,7 @@ _ROW = "_row"  # of a state with rows, FSDP1 gets each row after the first as an
 _MAPS = ("dynamic", "udynamic")  # maps that the layout for FSDP1 writes as their position here
 
 
-def written(optimizer, p, entries):
+def written(optimizer: Any, p: Tensor | None, entries: dict[str, Any]) -> dict[str, Any]:
     """The entries of p as a state dict holds them; tensors that need no change are those of the live state."""
     if sharding.is_dtensor(p):
         return _placed(p, entries)
@@ -33,7 +36,7 @@ def written(optimizer, p, entries):
     return {**outer, WRAPPER_KEY: inner} if inner else outer
 
 
-def flattened(label, saved):
+def flattened(label: str, saved: dict[str, Any]) -> dict[str, Any]:
     """One flat dict of the entries of a parameter, from any layout; rows are joined. ValueError if one is missing."""
     flat = {key: value for key, value in saved.items() if key != WRAPPER_KEY}
     flat |= saved.get(WRAPPER_KEY, {})
@@ -45,7 +48,7 @@ def flattened(label, saved):
     return flat
 
 
-def is_eight(flat, i):
+def is_eight(flat: dict[str, Any], i: int) -> bool:
     """Are the entries of state i those of 8-bit state? Codes may be float32 where every element has its own scale."""
     state, absmax = flat[f"state{i}"], flat.get(f"absmax{i}")
     if state.dtype == torch.uint8:
@@ -53,7 +56,7 @@ def is_eight(flat, i):
     return isinstance(absmax, torch.Tensor) and absmax.shape == state.shape and flat.get(f"qmap{i}") is not None
 
 
-def as_map(value, p):
+def as_map(value: Any, p: Tensor) -> Any:
     """The map that an entry stands for: a tensor, its values by position, or the number of one of the usual maps."""
     if isinstance(value, int) and 0 <= value < len(_MAPS):
         return default_map(_MAPS[value], sharding.local(p))
@@ -62,7 +65,7 @@ def as_map(value, p):
     return sharding.whole(value) if isinstance(value, torch.Tensor) else value
 
 
-def _placed(p, entries):
+def _placed(p: Tensor, entries: dict[str, Any]) -> dict[str, Any]:
     result = dict(entries)
     depth, shape = sharding.depth(p), sharding.local(p).shape
     for i in (1, 2):
@@ -78,14 +81,14 @@ def _placed(p, entries):
     return result
 
 
-def _wants_eight(optimizer):
+def _wants_eight(optimizer: Any) -> bool:
     """Do the settings ask for any 8-bit state? The answer is the same in every process, whatever its shards hold."""
     settings = [*optimizer.param_groups, *optimizer._overrides.values()]
     bits = [getattr(getattr(optimizer, "args", None), "optim_bits", 32)]
     return 8 in bits + [each.get("optim_bits") for each in settings]
 
 
-def _per_element(entries, with_scales):
+def _per_element(entries: dict[str, Any], with_scales: bool) -> dict[str, Any]:
     """Norms are left out: they differ between shards, which FSDP1 refuses, and are made anew by the next step.
 
     with_scales=False: no setting asks for 8-bit state; what a checkpoint brought along is written decoded.
@@ -113,7 +116,7 @@ def _per_element(entries, with_scales):
     return result
 
 
-def _map_number(qmap):
+def _map_number(qmap: Tensor) -> int | dict[str, float]:
     for number, name in enumerate(_MAPS):
         if torch.equal(qmap, default_map(name, qmap)):
             return number

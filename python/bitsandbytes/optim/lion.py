@@ -5,6 +5,11 @@
 Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms". Weight decay is decoupled, as there.
 """
 
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
 from .optimizer import Optimizer1State
 from .variants import Variant
 
@@ -24,16 +29,16 @@ class Lion(Variant, Optimizer1State):
 
     def __init__(
         self,
-        params,
-        lr=1e-4,
-        betas=(0.9, 0.99),
-        weight_decay=0,
-        optim_bits=32,
-        args=None,
-        min_8bit_size=4096,
-        is_paged=False,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(
             "lion",
             params,
@@ -54,15 +59,15 @@ class _FixedLion(Lion):
 
     def __init__(
         self,
-        params,
-        lr=1e-4,
-        betas=(0.9, 0.99),
-        weight_decay=0,
-        args=None,
-        min_8bit_size=4096,
-        is_paged=False,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Any,
+    ) -> None:
         options = self._options(options)
         super().__init__(params, lr, betas, weight_decay, self._forced_bits, args, min_8bit_size, is_paged, **options)
 
@@ -86,22 +91,31 @@ class PagedLion(Lion):
 
     def __init__(
         self,
-        params,
-        lr=1e-4,
-        betas=(0.9, 0.99),
-        weight_decay=0,
-        optim_bits=32,
-        args=None,
-        min_8bit_size=4096,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **options: Any,
+    ) -> None:
         super().__init__(params, lr, betas, weight_decay, optim_bits, args, min_8bit_size, **self._options(options))
 
 
 class _FixedPagedLion(PagedLion):
     """The signature of the paged classes whose name says the bits."""
 
-    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0, args=None, min_8bit_size=4096, **options):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **options: Any,
+    ) -> None:
         options = self._options(options)
         super().__init__(params, lr, betas, weight_decay, self._forced_bits, args, min_8bit_size, **options)
 

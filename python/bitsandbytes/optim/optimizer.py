@@ -7,8 +7,12 @@ Source: Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization".
 """
 
 import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .. import cextension
 from ..codebooks import default_map
@@ -36,42 +40,42 @@ class Optimizer8bit(torch.optim.Optimizer):
     non_castable_tensor_keys = checkpoint.QUANT_STATE_KEYS
     _states = 0
 
-    def __init__(self, params, defaults, optim_bits=32, is_paged=False):
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], optim_bits: int = 32, is_paged: bool = False) -> None:
         self.optim_bits = optim_bits
         self.is_paged = is_paged
         self._start()
         super().__init__(params, defaults)
 
-    def _start(self):
+    def _start(self) -> None:
         """What belongs to the running process and is neither copied nor saved."""
         self.mng = GlobalOptimManager.get_instance()
-        self._seen = None  # the manager's version when _overrides was made
-        self._overrides = {}
-        self._plans = {}  # index of a group -> its calls
+        self._seen: int | None = None  # the manager's version when _overrides was made
+        self._overrides: dict[Tensor, dict[str, Any]] = {}
+        self._plans: dict[int, Plan] = {}  # index of a group -> its calls
         self._move_state = False
         self._warned_paged = False
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         kept = ("optim_bits", "is_paged", "args", "optimizer_name", "_maps")
         own = {key: self.__dict__[key] for key in kept if key in self.__dict__}
         return {**own, **super().__getstate__()}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._start()
         self.mng.hold(p for group in self.param_groups for p in group["params"])
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch. The group may also carry optim_bits, min_8bit_size, max_unorm and skip_zeros."""
         super().add_param_group(param_group)
         self.mng.hold(self.param_groups[-1]["params"])
         self._seen = None
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """torch's layout; what is not `step` lies in a nested dict, where sharding engines leave it alone."""
         return checkpoint.write(self, super().state_dict())
 
-    def load_state_dict(self, state_dict, move_to_device=True):
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """Read a state dict, nested or flat, of this or an earlier release. Tensors are copied, never cast.
 
         The saved state decides the precision: 8-bit state goes on as such in a 32-bit class.
@@ -90,7 +94,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             hook(self)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient. closure: evaluates the model again; its value is returned."""
         loss = None
         if closure is not None:
@@ -116,7 +120,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._update(call, settings)
         return loss
 
-    def _plan(self, index, group):
+    def _plan(self, index: int, group: dict[str, Any]) -> Plan:
         """The calls of a group, those of the last step where they still hold."""
         raise NotImplementedError(f"{type(self).__name__}: a subclass must say how a group is updated")
 
@@ -124,24 +128,26 @@ class Optimizer8bit(torch.optim.Optimizer):
 class _BlockwiseOptimizer(Optimizer8bit):
     """Optimizers of the C table: one or two states per parameter, each 32-bit, or 8-bit in blocks of 256."""
 
-    def __init__(self, name, params, defaults, args, optim_bits, is_paged):
+    def __init__(
+        self, name: str, params: ParamsT, defaults: dict[str, Any], args: Any, optim_bits: int, is_paged: bool
+    ) -> None:
         check(defaults)
         self.args = args
         self.optimizer_name = name
-        self._maps = {}  # device -> its maps, shared by all states there
+        self._maps: dict[torch.device, tuple[Tensor, ...]] = {}  # device -> its maps, shared by all states there
         super().__init__(params, defaults, optim_bits, is_paged)
 
-    def _settings(self, group, own):
+    def _settings(self, group: dict[str, Any], own: dict[str, Any] | None) -> Settings:
         return Settings({**group, **own} if own else group, self.args)
 
-    def _plan(self, index, group):
+    def _plan(self, index: int, group: dict[str, Any]) -> Plan:
         present = [p.grad is not None for p in group["params"]]
         plan = self._plans.get(index)
         if plan is None or not plan.fits(group["params"], present, self.state):
             plan = self._plans[index] = Plan(group["params"], present, self._calls(index, group))
         return plan
 
-    def _calls(self, index, group):
+    def _calls(self, index: int, group: dict[str, Any]) -> list[Call]:
         """Sort the parameters that have a gradient into calls; makes missing state."""
         calls, settings = {}, self._settings(group, None)
         ordinal = sum(len(other["params"]) for other in self.param_groups[:index])
@@ -162,7 +168,7 @@ class _BlockwiseOptimizer(Optimizer8bit):
             call.close(self._maps.get(call.params[0].device, ()))
         return list(calls.values())
 
-    def _call_key(self, group, own):
+    def _call_key(self, group: dict[str, Any], own: dict[str, Any]) -> tuple[Any, ...]:
         """Parameters with equal values of this share a call: the bits of a state are each parameter's own."""
         names = own.keys() - {"optim_bits", "min_8bit_size"}
         if not names:
@@ -170,23 +176,23 @@ class _BlockwiseOptimizer(Optimizer8bit):
         settings = self._settings(group, own)
         return (*sorted(names), settings.scalars, settings.percentile)
 
-    def _check_gradient(self, p):
+    def _check_gradient(self, p: Tensor) -> None:
         if p.grad.layout is not torch.strided:
             raise RuntimeError(f"{type(self).__name__}: a gradient {tuple(p.shape)} is sparse, expected dense")
 
-    def _own_maps(self, p, state):
+    def _own_maps(self, p: Tensor, state: dict[str, Any]) -> tuple[Tensor, ...]:
         """The maps of an 8-bit state that are not the shared ones, else ()."""
         maps = tuple(state[f"qmap{i}"] for i in range(1, self._states + 1) if f"qmap{i}" in state)
         shared = self._maps.get(p.device)
         return () if shared is not None and all(a is b for a, b in zip(maps, shared, strict=False)) else maps
 
-    def _new_state(self, p, state, settings):
+    def _new_state(self, p: Tensor, state: dict[str, Any], settings: Settings) -> None:
         """Fill the empty dict `state` with zero state for p."""
         if self.is_paged and p.device.type == "cpu" and not self._warned_paged:
             self._warned_paged = True
             logger.warning("%s: paged state needs a GPU; CPU parameters get ordinary state", type(self).__name__)
         eight = settings.optim_bits == 8 and sharding.whole_numel(p) >= settings.min_8bit_size
-        entries = {"step": 0}
+        entries: dict[str, Any] = {"step": 0}
         maps = self._shared_maps(p) if eight else ()
         for i in range(1, self._states + 1):
             rows = self._rows if i == 1 else 0
@@ -197,12 +203,12 @@ class _BlockwiseOptimizer(Optimizer8bit):
         state.update(entries)
 
     @property
-    def _rows(self):
+    def _rows(self) -> int:
         """2 where state1 holds two averages, in rows; else 0."""
         averages = cextension.lib.bnb_optim_averages(cextension.optimizer_row(self.optimizer_name))
         return averages if averages > 1 else 0
 
-    def _shared_maps(self, p):
+    def _shared_maps(self, p: Tensor) -> tuple[Tensor, ...]:
         """The maps of all 8-bit states on p's device: signed for averages of the gradient, else unsigned."""
         if p.device not in self._maps:
             row = cextension.optimizer_row(self.optimizer_name)
@@ -210,7 +216,7 @@ class _BlockwiseOptimizer(Optimizer8bit):
             self._maps[p.device] = tuple(default_map("dynamic" if each else "udynamic", p).clone() for each in signed)
         return self._maps[p.device]
 
-    def _update(self, call, settings):
+    def _update(self, call: Call, settings: Settings) -> None:
         try:
             call.run(settings)
         except (RuntimeError, ValueError):
@@ -237,20 +243,20 @@ class Optimizer1State(_BlockwiseOptimizer):
 
     def __init__(
         self,
-        optimizer_name,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.0),
-        eps=1e-8,
-        weight_decay=0.0,
-        optim_bits=32,
-        args=None,
-        min_8bit_size=4096,
-        max_unorm=0.0,
-        skip_zeros=False,
-        is_paged=False,
-        **options,
-    ):
+        optimizer_name: str,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: Sequence[float] | str = (0.9, 0.0),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 0.0,
+        skip_zeros: bool = False,
+        is_paged: bool = False,
+        **options: Any,
+    ) -> None:
         options = read_options(self, options)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= options
@@ -269,28 +275,28 @@ class Optimizer2State(_BlockwiseOptimizer):
 
     def __init__(
         self,
-        optimizer_name,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
-        optim_bits=32,
-        args=None,
-        min_8bit_size=4096,
-        max_unorm=0.0,
-        skip_zeros=False,
-        is_paged=False,
-        alpha=0.0,
-        t_alpha=None,
-        t_beta3=None,
-        **options,
-    ):
+        optimizer_name: str,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: Sequence[float] | str = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 0.0,
+        skip_zeros: bool = False,
+        is_paged: bool = False,
+        alpha: float = 0.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        **options: Any,
+    ) -> None:
         options = read_options(self, options)
         betas = read_betas(betas)
         if len(betas) < 2:
             raise ValueError(f"betas is {betas}, expected two numbers or more")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
         defaults |= options
         args = args or arguments(optim_bits, min_8bit_size, max_unorm, skip_zeros)

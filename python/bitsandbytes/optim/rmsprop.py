@@ -5,6 +5,11 @@
 Tieleman & Hinton 2012, "Lecture 6.5 - rmsprop", in the form of torch.optim.RMSprop.
 """
 
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
 from .optimizer import Optimizer1State
 from .variants import Variant, expect
 
@@ -26,18 +31,18 @@ class RMSprop(Variant, Optimizer1State):
 
     def __init__(
         self,
-        params,
-        lr=1e-2,
-        alpha=0.99,
-        eps=1e-8,
-        weight_decay=0,
-        momentum=0,
-        centered=False,
-        optim_bits=32,
-        args=None,
-        min_8bit_size=4096,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **options: Any,
+    ) -> None:
         expect(alpha != 0, self, "alpha", alpha, "0 < alpha < 1", NotImplementedError)
         expect(not centered, self, "centered", centered, "False: there is no state for the mean", NotImplementedError)
         expect(0 <= alpha < 1, self, "alpha", alpha, "0 < alpha < 1")
@@ -62,17 +67,17 @@ class _FixedRMSprop(RMSprop):
 
     def __init__(
         self,
-        params,
-        lr=1e-2,
-        alpha=0.99,
-        eps=1e-8,
-        weight_decay=0,
-        momentum=0,
-        centered=False,
-        args=None,
-        min_8bit_size=4096,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **options: Any,
+    ) -> None:
         super().__init__(
             params,
             lr,

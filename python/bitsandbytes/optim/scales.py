@@ -8,8 +8,10 @@ one scale.  The tensor of runs, shape[:d + 1] + (C / g,), is sharded just as the
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .. import _ops
 from . import sharding
@@ -18,44 +20,44 @@ BLOCK = 256
 _bnb = torch.ops.bitsandbytes
 
 
-def blocks(numel, size=BLOCK):
+def blocks(numel: int, size: int = BLOCK) -> int:
     """Scales of so many elements."""
     return -(-numel // size)
 
 
-def run_shape(shape, depth):
+def run_shape(shape: Sequence[int], depth: int) -> tuple[int, ...]:
     """Shape of the scales by runs of a state of that shape."""
     behind = math.prod(shape[depth + 1 :])
     return (*shape[: depth + 1], behind // math.gcd(behind, BLOCK))
 
 
-def to_runs(absmax, shape, depth):
+def to_runs(absmax: Tensor, shape: Sequence[int], depth: int) -> Tensor:
     """Scales by runs, float32 run_shape(shape, depth), from scales by blocks [ceil(n / 256)] of a contiguous state."""
     run = math.gcd(math.prod(shape[depth + 1 :]), BLOCK)
     starts = torch.arange(0, math.prod(shape), run, device=absmax.device)
     return absmax[starts.div_(BLOCK, rounding_mode="floor")].reshape(run_shape(shape, depth))
 
 
-def from_runs(runs, shape):
+def from_runs(runs: Tensor, shape: Sequence[int]) -> Tensor:
     """One scale per element, in that shape, from scales by runs."""
     length = math.prod(shape[runs.dim() - 1 :]) // max(runs.shape[-1], 1)
     return runs.unsqueeze(-1).expand(*runs.shape, length).reshape(shape).contiguous()
 
 
-def is_runs(runs_shape, shape):
+def is_runs(runs_shape: Sequence[int], shape: Sequence[int]) -> bool:
     """Are those the scales by runs of a state of that shape?"""
     depth = len(runs_shape) - 2
     return 0 <= depth < len(shape) and tuple(runs_shape) == run_shape(shape, depth)
 
 
-def spread(absmax, state, block=BLOCK):
+def spread(absmax: Tensor, state: Tensor, block: int = BLOCK) -> Tensor:
     """One scale per element, in the memory order of `state`, from scales by blocks."""
     result = torch.empty_like(state, dtype=torch.float32)
     sharding.in_memory_order(result).copy_(absmax.repeat_interleave(block)[: state.numel()])
     return result
 
 
-def regroup(codes, per_element, old, new):
+def regroup(codes: Tensor, per_element: Tensor, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales by blocks of a state that is given with one scale per element.
 
     codes u8 and per_element f32 of one shape and memory order; old, new: the maps of `codes` and of the result.

@@ -8,7 +8,9 @@ import ast
 import sys
 import types
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,12 +29,12 @@ OPTIONS = {
 }
 
 
-def arguments(*values):
+def arguments(*values: Any) -> types.SimpleNamespace:
     """The values of ARGS, as the attributes of an object."""
     return types.SimpleNamespace(**dict(zip(ARGS, values, strict=True)))
 
 
-def options(owner, given):
+def options(owner: object, given: dict[str, Any]) -> dict[str, Any]:
     """The options that differ from their defaults. TypeError: unknown name. ValueError: percentile_clipping."""
     given = dict(given)
     if not given.pop("block_wise", True):
@@ -45,7 +47,7 @@ def options(owner, given):
     return {name: value for name, value in given.items() if value != OPTIONS[name]}
 
 
-def betas(value):
+def betas(value: Sequence[float] | str) -> tuple[float, ...]:
     """betas as a tuple of floats; a string "(b1, b2)" is read."""
     if isinstance(value, str):
         try:
@@ -55,7 +57,7 @@ def betas(value):
     return tuple(float(beta) for beta in value)
 
 
-def check(defaults):
+def check(defaults: dict[str, Any]) -> None:
     """Refuse values no optimizer can use. NaN fails as well."""
     for key in ("lr", "eps", "weight_decay"):
         if not defaults[key] >= 0:
@@ -74,11 +76,11 @@ class Settings:
 
     __slots__ = ("capturable", "lr", "max_unorm", "min_8bit_size", "optim_bits", "percentile", "scalars", "seed")
 
-    def __init__(self, group, args):
-        def arg(name):
+    def __init__(self, group: dict[str, Any], args: Any) -> None:
+        def arg(name: str) -> Any:
             return group[name] if name in group else getattr(args, name)
 
-        def option(name):
+        def option(name: str) -> Any:
             return group.get(name, OPTIONS[name])
 
         self.optim_bits, self.min_8bit_size = arg("optim_bits"), arg("min_8bit_size")
@@ -99,13 +101,13 @@ class Settings:
         )
 
 
-def _check_percentile(value):
+def _check_percentile(value: float) -> int:
     if not 0 <= value <= 100 or value != int(value):
         raise ValueError(f"percentile_clipping is {value}, expected an integer from 0 to 99, or 100 for none")
     return int(value)
 
 
-def _caller_depth():
+def _caller_depth() -> int:
     """The stack level of the first frame outside of this package, for a warning."""
     own, depth, frame = str(Path(__file__).parent), 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(own):

@@ -7,11 +7,16 @@
 The formulas of torch.optim.SGD. Polyak 1964; Nesterov's form after Sutskever et al. 2013.
 """
 
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
 from .optimizer import Optimizer1State
 from .variants import Variant, expect, expect_nesterov_fits
 
 
-def check_momentum(owner, momentum, dampening, nesterov):
+def check_momentum(owner: object, momentum: float, dampening: float, nesterov: bool) -> None:
     """Refuse what the momentum row cannot use: NotImplementedError for momentum 0, ValueError for the rest."""
     expect(momentum != 0, owner, "momentum", momentum, "0 < momentum < 1", NotImplementedError)
     expect(0 <= momentum < 1, owner, "momentum", momentum, "0 < momentum < 1")
@@ -36,17 +41,17 @@ class SGD(Variant, Optimizer1State):
 
     def __init__(
         self,
-        params,
-        lr,
-        momentum=0,
-        dampening=0,
-        weight_decay=0,
-        nesterov=False,
-        optim_bits=32,
-        args=None,
-        min_8bit_size=4096,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **options: Any,
+    ) -> None:
         check_momentum(self, momentum, dampening, nesterov)
         super().__init__(
             "momentum",
@@ -68,16 +73,16 @@ class _FixedSGD(SGD):
 
     def __init__(
         self,
-        params,
-        lr,
-        momentum=0,
-        dampening=0,
-        weight_decay=0,
-        nesterov=False,
-        args=None,
-        min_8bit_size=4096,
-        **options,
-    ):
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **options: Any,
+    ) -> None:
         bits, options = self._forced_bits, self._options(options)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, bits, args, min_8bit_size, **options)
 

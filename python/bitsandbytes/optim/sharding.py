@@ -10,9 +10,11 @@ import gc
 import logging
 import sys
 import weakref
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ _pieces = WeakIdKeyDictionary()  # parameter -> its Piece, or None if it cannot 
 _holders = WeakIdKeyDictionary()  # parameter -> (weak reference to a module, name there)
 
 
-def is_dtensor(t):
+def is_dtensor(t: Any) -> bool:
     """Is t a DTensor?"""
     if type(t) in _PLAIN:
         return False
@@ -39,18 +41,18 @@ def is_dtensor(t):
     return kind is not None and isinstance(t, kind)
 
 
-def local(t):
+def local(t: Any) -> Tensor:
     """The part of t in this process: the local tensor of a DTensor (it shares memory), else t itself."""
     return t._local_tensor if is_dtensor(t) else t
 
 
-def whole_numel(p):
+def whole_numel(p: Any) -> int:
     """Elements of the whole parameter, of which p may be a part."""
     found = piece(p)
     return p.numel() if found is None else found.numel
 
 
-def piece(p):
+def piece(p: Any) -> Piece | None:
     """The Piece that p is if FSDP1 flattened it, else None."""
     if not getattr(p, "_fsdp_flattened", False):  # FSDP1 marks what it has taken over
         return None
@@ -65,12 +67,12 @@ def piece(p):
     return _pieces[p]
 
 
-def is_flattened(p):
+def is_flattened(p: Any) -> bool:
     """Does FSDP1 manage p: one original parameter, or the flat parameter that holds several?"""
     return hasattr(p, "_unpadded_unsharded_size") or getattr(p, "_fsdp_flattened", False)
 
 
-def new_state(p, dtype, rows=0):
+def new_state(p: Any, dtype: torch.dtype, rows: int = 0) -> Tensor:
     """Zeros in the shape of p, or [rows, *p.shape], with its memory format; for a DTensor p a DTensor placed alike.
 
     The local tensor of a DTensor is contiguous: its blocks follow the row-major order of the shard.
@@ -88,7 +90,7 @@ def new_state(p, dtype, rows=0):
     return zeros.as_strided((rows, *p.shape), (p.numel(), *like.stride()))
 
 
-def gradient(p, g):
+def gradient(p: Any, g: Any) -> Tensor:
     """The local part of the gradient g, placed as p is (redistributed if it is not; then every process must call)."""
     if not is_dtensor(p):
         return g
@@ -98,12 +100,12 @@ def gradient(p, g):
     return part.wait() if hasattr(part, "wait") else part
 
 
-def reduce_sums(params, sums):
+def reduce_sums(params: Sequence[Any], sums: Tensor) -> Tensor:
     """Add up sums over the shards of each sharded parameter, in place. sums: float64 [len(params), k].
 
     Rows of parameters that are whole in every process stay.  Every process of a mesh must call, with its parameters.
     """
-    groups = {}
+    groups: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
     for row, p in enumerate(params):
         if is_dtensor(p):
             dims = tuple(dim for dim, placement in enumerate(p.placements) if _is_shard(placement))
@@ -117,7 +119,7 @@ def reduce_sums(params, sums):
     return sums
 
 
-def wrap(p, part, lead=0, tail=None):
+def wrap(p: Any, part: Tensor, lead: int = 0, tail: tuple[int, int] | None = None) -> Any:
     """A DTensor placed as the DTensor p whose local tensor is `part`.
 
     lead   dimensions in front of those of p
@@ -132,23 +134,23 @@ def wrap(p, part, lead=0, tail=None):
     return type(p)(part, spec, requires_grad=False)
 
 
-def depth(p):
+def depth(p: Any) -> int:
     """The last dimension that a DTensor p is sharded along; 0 if it is along none."""
     return max((placement.dim % max(p.dim(), 1) for placement in p.placements if _is_shard(placement)), default=0)
 
 
-def placed_as(p, value, lead=0):
+def placed_as(p: Any, value: Any, lead: int = 0) -> bool:
     """Is value a DTensor on the mesh of p with its placements, moved by `lead` dimensions?"""
     same = is_dtensor(value) and is_dtensor(p) and value.device_mesh == p.device_mesh
     return same and tuple(value.placements) == _shifted(p.placements, lead)
 
 
-def whole(value):
+def whole(value: Any) -> Tensor:
     """All of a DTensor (every process of its mesh must call), a plain tensor as it is."""
     return value.full_tensor() if is_dtensor(value) else value
 
 
-def part_of(p, value, lead=0):
+def part_of(p: Any, value: Tensor, lead: int = 0) -> Tensor:
     """The part of `value` that belongs to the part of p in this process, contiguous or in the memory order of p.
 
     value   a tensor [..lead.., *shape of the whole parameter], plain or DTensor, or already the part FSDP1 gives p
@@ -175,7 +177,7 @@ def part_of(p, value, lead=0):
     return out
 
 
-def in_memory_order(t):
+def in_memory_order(t: Tensor) -> Tensor:
     """A dense tensor as a vector that shares its memory, in the order in which the elements lie there.
 
     Of a tensor with gaps or repeated elements: a copy, in the order of its indices.
@@ -186,7 +188,7 @@ def in_memory_order(t):
     return t.as_strided((t.numel(),), (1,))
 
 
-def holder(p):
+def holder(p: Any) -> Any:
     """(weak reference to a module, name) of a module that holds the parameter p, or None.
 
     Only looked for where parameters may be replaced by sharded ones: when torch.distributed is in use.
@@ -199,33 +201,33 @@ def holder(p):
     return _holders.get(p)
 
 
-def replaces(new, old_shape):
+def replaces(new: Any, old_shape: torch.Size) -> bool:
     """Can the parameter `new` be the sharded form of one of shape old_shape?"""
     return is_dtensor(new) and new.shape == old_shape
 
 
-def _distribute(value, mesh, placements):
+def _distribute(value: Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
     """The shard of a tensor that every process has; no communication."""
     return sys.modules["torch.distributed.tensor"].distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
-def _is_shard(placement):
+def _is_shard(placement: Any) -> bool:
     return hasattr(placement, "dim")
 
 
-def _shifted(placements, lead):
+def _shifted(placements: Sequence[Any], lead: int) -> tuple[Any, ...]:
     """The placements of a tensor that has `lead` dimensions more in front."""
     if not lead:
         return tuple(placements)
     return tuple(_moved(placement, lead) if _is_shard(placement) else placement for placement in placements)
 
 
-def _moved(placement, lead):
+def _moved(placement: Any, lead: int) -> Any:
     extra = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
     return type(placement)(placement.dim + lead, **extra)
 
 
-def _find_pieces():
+def _find_pieces() -> None:
     """Enter every parameter of every living FSDP1 handle in _pieces. torch keeps no index of its handles."""
     module = sys.modules.get("torch.distributed.fsdp._flat_param")
     kind = getattr(module, "FlatParamHandle", None)
@@ -240,7 +242,7 @@ def _find_pieces():
             _pieces[p] = Piece(numel, start, stop)
 
 
-def _find_holders():
+def _find_holders() -> None:
     """Enter every parameter of every living module in _holders."""
     for each in gc.get_objects():
         if issubclass(type(each), torch.nn.Module):

@@ -5,8 +5,10 @@ below set `_forced_bits` or `_always_paged`; a private class between them drops 
 """
 
 import inspect
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .optimizer import Optimizer2State
 
@@ -18,14 +20,14 @@ _BASE_ARGUMENTS = frozenset(
 class Variant:
     """Stands before Optimizer1State or Optimizer2State in the bases of the root class of an algorithm."""
 
-    _forced_bits = None  # bits of the state where the class name says them
+    _forced_bits: int | Any = None  # bits of the state where the class name says them
     _always_paged = False
 
-    def _bits(self, optim_bits):
+    def _bits(self, optim_bits: int) -> int:
         """The bits of the state: those of the class, else the argument."""
         return self._forced_bits or optim_bits
 
-    def _options(self, options):
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
         """`options`, for the base class, which knows their names.
 
         TypeError: the name of a positional argument of the base, whose value this class decides.
@@ -39,7 +41,10 @@ class Variant:
 class WideState:
     """Stands before torch.optim.Optimizer in the bases of a class whose state is wider than its parameters."""
 
-    def load_state_dict(self, state_dict):
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state keeps the precision it was saved with."""
         super().load_state_dict(state_dict)
         names = (name for group in state_dict["param_groups"] for name in group["params"])
@@ -49,23 +54,25 @@ class WideState:
                 self.state[p][key] = value.to(p.device, wide_dtype(p), copy=True)
 
 
-def wide_dtype(p):
+def wide_dtype(p: Tensor) -> torch.dtype:
     """The dtype of state and arithmetic for p: f32, or p's own where that is wider."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def expect(holds, owner, argument, value, expected, error=ValueError):
+def expect(
+    holds: bool, owner: object, argument: str, value: object, expected: str, error: type[Exception] = ValueError
+) -> None:
     """Raise `error`, with a text that names the class of `owner`, the argument, its value and what was expected."""
     if not holds:
         raise error(f"{type(owner).__name__}: {argument} is {value}, expected {expected}")
 
 
-def expect_no_amsgrad(owner, amsgrad, error):
+def expect_no_amsgrad(owner: object, amsgrad: bool, error: type[Exception]) -> None:
     """`amsgrad` would need a third state, which no class has."""
     expect(not amsgrad, owner, "amsgrad", amsgrad, "False: there is no state for a running maximum", error)
 
 
-def expect_nesterov_fits(owner, nesterov, momentum, dampening):
+def expect_nesterov_fits(owner: object, nesterov: bool, momentum: float, dampening: float) -> None:
     """Nesterov's form is defined for momentum > 0 without dampening; ValueError otherwise."""
     fits = not nesterov or (momentum > 0 and dampening == 0)
     values = f"{nesterov} with momentum {momentum} and dampening {dampening}"
