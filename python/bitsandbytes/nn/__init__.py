@@ -1,8 +1,11 @@
 """Modules: linear layers and embeddings over 4-bit and int8 weights, and embeddings for training."""
 
+from typing import Any
+
 from .. import gone
 from . import experts, parametrize
 from .experts import quantize_experts
+from .layer_map import dequantize_layers, layer_map_of, quantize_layers
 from .modules import (
     Embedding,
     Embedding4bit,
@@ -33,11 +36,14 @@ __all__ = [
     "OutlierAwareLinear",
     "Params4bit",
     "StableEmbedding",
+    "dequantize_layers",
     "experts",
+    "layer_map_of",
     "parametrize",
     "quantize_experts",
+    "quantize_layers",
 ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     return gone.find(__name__, name)
