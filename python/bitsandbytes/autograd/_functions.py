@@ -10,10 +10,12 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import _ops, gone
 from ..codebooks import fill
 from ..functional import dequantize_4bit, int8_vectorwise_quant, weight_arguments
+from ..quant_state import QuantState
 
 _bnb = torch.ops.bitsandbytes
 _GONE = ("CxBt", "formatB", "_tile_indices")  # and CxB, a property
@@ -55,21 +57,21 @@ class MatmulLtState:
     outlier_flags = None
     source = None
 
-    def reset_grads(self):
+    def reset_grads(self) -> None:
         """Forget the quantised weight."""
         self.CB = self.SB = self.SCB = self.SBt = self.CBt = None
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name not in _GONE:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         _warn_gone(name)
 
 
-def _warn_gone(name):
+def _warn_gone(name: str) -> None:
     warnings.warn(f"MatmulLtState.{name} is gone: weights have one layout. It is always None.", FutureWarning, 3)
 
 
-def _set_CxB(state, codes):
+def _set_CxB(state: MatmulLtState, codes: Tensor | None) -> None:
     """None: forget the codes, which clients that offload a layer expect of their old home; others are dropped."""
     if codes is None:
         state.CB = None
@@ -77,13 +79,14 @@ def _set_CxB(state, codes):
         _warn_gone("CxB")
 
 
-def _get_idx(state):
+def _get_idx(state: MatmulLtState) -> Tensor | None:
+    """int64 outlier columns of the last product; None: it had no threshold."""
     if state.outlier_flags is None:
         return None
     return _ops.call(_bnb._int8_outlier_columns.default, state.outlier_flags)
 
 
-def _set_idx(state, columns):
+def _set_idx(state: MatmulLtState, columns: Tensor | None) -> None:
     if columns is not None:
         raise AttributeError("MatmulLtState.idx is the result of the last product, expected nothing but None")
     state.outlier_flags = None
@@ -94,17 +97,17 @@ MatmulLtState.idx = property(_get_idx, _set_idx)
 MatmulLtState.CxB = property(lambda state: _warn_gone("CxB"), _set_CxB)
 
 
-def _identity(weight):
+def _identity(weight: Tensor) -> tuple[int, int] | None:
     """Changes whenever torch knows that a weight was written or replaced; None where torch does not count writes."""
     counted = not torch.compiler.is_compiling() and not weight.is_inference()
     return (weight.data_ptr(), weight._version) if counted else None
 
 
-def _quantise(weight):
+def _quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return int8_vectorwise_quant(weight.detach().to(torch.float16))[:2]
 
 
-def _codes_of(B, state):
+def _codes_of(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
     """(CB, SCB) of the weight B [n, k], up to date, and kept in the state.
 
     A master copy is quantised, as float16, when it was written since the last time; and in training whenever it has no
@@ -133,7 +136,9 @@ class _Int8Linear(torch.autograd.Function):
     """(A, B, bias, CB, SCB, threshold) -> (output, flags of outlier columns).  B, if not None, only gets a gradient."""
 
     @staticmethod
-    def forward(ctx, A, B, bias, CB, SCB, threshold):
+    def forward(
+        ctx: Any, A: Tensor, B: Tensor | None, bias: Tensor | None, CB: Tensor, SCB: Tensor, threshold: float
+    ) -> tuple[Tensor, Tensor]:
         output, flags = _ops.call(_bnb._linear_int8.default, A, CB, SCB, bias, threshold)
         ctx.dtypes = None if B is None else B.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(CB, SCB, A if ctx.needs_input_grad[1] else None)
@@ -142,7 +147,7 @@ class _Int8Linear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         CB, SCB, A = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         wanted = ctx.needs_input_grad
@@ -151,19 +156,28 @@ class _Int8Linear(torch.autograd.Function):
             grad_A = _ops.call(_bnb._linear_int8_grad.default, grad, CB, SCB)
         if wanted[1]:
             rows, columns = grad.reshape(-1, CB.shape[0]), A.reshape(-1, CB.shape[1])
-            grad_B = torch.mm(rows.t(), columns).to(weight_dtype)
+            # A backward inside autocast: the product stays in the dtype of the activation, as in the forward.
+            with torch.autocast(grad.device.type, enabled=False):
+                grad_B = torch.mm(rows.t(), columns).to(weight_dtype)
         if wanted[2]:
             grad_bias = _sum_rows(grad, bias_dtype)
         return grad_A, grad_B, grad_bias, None, None, None
 
 
-def _sum_rows(grad, dtype):
+def _sum_rows(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of a bias: grad [..., n] summed over all rows, rounded to `dtype` after the sum; [n]."""
     accurate = dtype if dtype == grad.dtype else torch.float32
     return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=accurate).to(dtype)
 
 
-def matmul(A, B, out=None, state=None, threshold=0.0, bias=None):
+def matmul(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    state: MatmulLtState | None = None,
+    threshold: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
     """A W^T + bias with the int8 form of the weight W [n, k]: LLM.int8(), Dettmers et al. 2022.
 
     A          [..., k], float32, float16 or bfloat16, any rank >= 1; its rows are quantised, except outliers
@@ -196,7 +210,10 @@ class MatMul8bitLt:
     """The old name of the autograd function behind matmul()."""
 
     @staticmethod
-    def apply(A, B, out=None, bias=None, state=None):
+    def apply(
+        A: Tensor, B: Tensor, out: Tensor | None = None, bias: Tensor | None = None, state: MatmulLtState | None = None
+    ) -> Tensor:
+        """matmul(), by position."""
         return matmul(A, B, out=out, state=state, bias=bias)
 
 
@@ -211,7 +228,7 @@ class _Linear4bit(torch.autograd.Function):
     """(A, bias, weight, *weight_arguments()) -> output."""
 
     @staticmethod
-    def forward(ctx, A, bias, weight, *arguments):
+    def forward(ctx: Any, A: Tensor, bias: Tensor | None, weight: Tensor, *arguments: Any) -> Tensor:
         ctx.save_for_backward(weight, *arguments[:4])
         ctx.rest = arguments[4:]
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -219,7 +236,7 @@ class _Linear4bit(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_A = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_A = _ops.call(_bnb._linear_4bit_grad.default, grad, *ctx.saved_tensors, *ctx.rest)
@@ -228,7 +245,9 @@ class _Linear4bit(torch.autograd.Function):
         return grad_A, grad_bias, *(None,) * (len(ctx.rest) + 5)
 
 
-def matmul_4bit(A, B, quant_state, out=None, bias=None):
+def matmul_4bit(
+    A: Tensor, B: Tensor, quant_state: QuantState, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """A W^T + bias, where B holds the 4-bit weight W [n, k]: QLoRA, Dettmers et al. 2023.
 
     A            [..., k], float32, float16 or bfloat16, any rank >= 1
@@ -253,20 +272,27 @@ def matmul_4bit(A, B, quant_state, out=None, bias=None):
     return result if out is None else fill("out", out, result)
 
 
-def _matmul_transposed(A, B, quant_state, bias):
+def _matmul_transposed(A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None) -> Tensor:
     """A times a weight that was quantised as [k, n]."""
     if not torch.compiler.is_compiling():
         text = "matmul_4bit: the weight was quantised as [in, out]. Re-quantize from the weight [out, in]."
         warnings.warn(text, DeprecationWarning, stacklevel=3)
     weight = dequantize_4bit(B.reshape(-1, 1), quant_state).to(A.dtype)
-    return torch.nn.functional.linear(A, weight.t(), None if bias is None else bias.to(A.dtype))
+    return torch.nn.functional.linear(A, weight.t(), None if bias is None else bias.to(A.dtype)).to(A.dtype)
 
 
 class MatMul4Bit:
     """The old name of the autograd function behind matmul_4bit()."""
 
     @staticmethod
-    def apply(A, B, out=None, bias=None, quant_state=None):
+    def apply(
+        A: Tensor,
+        B: Tensor,
+        out: Tensor | None = None,
+        bias: Tensor | None = None,
+        quant_state: QuantState | None = None,
+    ) -> Tensor:
+        """matmul_4bit(), by position."""
         return matmul_4bit(A, B, quant_state, out=out, bias=bias)
 
 
@@ -278,33 +304,33 @@ class GlobalOutlierPooler:
 
     _instance = None
 
-    def __init__(self):
+    def __init__(self) -> None:
         raise RuntimeError("GlobalOutlierPooler: call get_instance()")
 
-    def initialize(self):
+    def initialize(self) -> None:
         """Forget everything."""
-        self.outliers = set()
-        self.model_dim = None
+        self.outliers: set[int] = set()
+        self.model_dim: int | None = None
 
     @classmethod
-    def get_instance(cls):
+    def get_instance(cls) -> "GlobalOutlierPooler":
         """The one pooler."""
         if cls._instance is None:
             cls._instance = cls.__new__(cls)
             cls._instance.initialize()
         return cls._instance
 
-    def add_outliers(self, outlier_idx, feature_dim):
+    def add_outliers(self, outlier_idx: Tensor, feature_dim: int) -> None:
         """Add int64 columns; those of another feature dimension than the first one seen are ignored."""
         if self.model_dim is None:
             self.model_dim = feature_dim
         if feature_dim == self.model_dim:
             self.outliers.update(outlier_idx.tolist())
 
-    def get_current_outlier_idx(self):
+    def get_current_outlier_idx(self) -> Tensor:
         """All columns so far: int64 [count], ascending, on the CPU."""
         return torch.tensor(sorted(self.outliers), dtype=torch.int64)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     return gone.find(__name__, name)

@@ -5,7 +5,9 @@ most of the model, and no linear layer: replacing nn.Linear by Linear4bit passes
 """
 
 import re
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
@@ -14,14 +16,21 @@ from .parametrize import packed_names, replace_parameter_4bit
 __all__ = ["dequantize_experts", "expert_parameters", "quantize_experts"]
 
 # How expert modules call the number of their experts.
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_routed_experts",  # LongCat-Flash, whose up projection also has rows for experts that compute nothing:
+    "total_experts",
+    "n_shared_experts",
+)
 
 
-def expert_parameters(model):
+def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Find fused expert weights. Yields (full name, module, name in the module), in the order of the modules.
 
-    That is each float parameter [experts, ., .] whose module, in num_experts, num_local_experts or n_routed_experts,
-    gives the same number of experts.  Parameters that are in 4 bits already are not among them.
+    That is each float parameter [experts, ., .] whose module gives the same number of experts in one of the attributes
+    _COUNTS.  Parameters that are in 4 bits already are not among them.
     """
     for path, module in model.named_modules():
         counts = [getattr(module, name, None) for name in _COUNTS]
@@ -30,7 +39,13 @@ def expert_parameters(model):
                 yield f"{path}.{name}" if path else name, module, name
 
 
-def quantize_experts(model, quant_type="nf4", blocksize=64, compress_statistics=False, skip=()):
+def quantize_experts(
+    model: nn.Module,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    compress_statistics: bool = False,
+    skip: Iterable[str] = (),
+) -> list[str]:
     """Store the fused expert weights of a model in 4 bits, in place, each where it is.
 
     model                any module; its 3-D expert weights: see expert_parameters()
@@ -51,7 +66,7 @@ def quantize_experts(model, quant_type="nf4", blocksize=64, compress_statistics=
     return done
 
 
-def dequantize_experts(model, dtype=None):
+def dequantize_experts(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Turn every parameter that replace_parameter_4bit() or quantize_experts() made 4-bit into a float one, in place.
 
     dtype  of the new parameters; None: that of the parameters before they were quantised

@@ -4,35 +4,39 @@ The weight (Int8Params) has the codes and their scales; `state`, which matmul() 
 pointed there again by each forward, so a client may clear or replace either.  Dettmers et al. 2022, "LLM.int8()".
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.types import Device
 
 from ..autograd._functions import MatmulLtState, matmul
-from ..utils import LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING
+from ..optim.sharding import is_dtensor
 from .int8params import Int8Params
-from .quantized_linear import QuantizedLinear
+from .quantized_linear import ROW, QuantizedLinear, check_format
 
-# The one layout of the weight, as checkpoints name it: by number, in old releases by name.
-_ROW = LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING["row"]
 _INTO_FLOAT = (
     "Loading a quantized checkpoint into non-quantized Linear8bitLt is not supported. Move the layer to its device "
     "first, layer.to('cpu') or layer.to('cuda'), construct it on meta, or call load_state_dict(..., assign=True)"
 )
 
 
-def maybe_rearrange_weight(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+def maybe_rearrange_weight(
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
     """A load hook: drop prefix + "weight_format", which older releases wrote as a string or left out.
 
     ValueError: the weight is not stored row by row.
     """
     if prefix + "weight" in state_dict:
-        _check_format(state_dict.pop(prefix + "weight_format", "row"))
-
-
-def _check_format(given):
-    value = given.item() if isinstance(given, torch.Tensor) else given
-    if value not in (_ROW, "row"):
-        raise ValueError(f'weight_format is {value!r}, expected {_ROW} or "row"')
+        check_format(state_dict.pop(prefix + "weight_format", "row"))
 
 
 class Linear8bitLt(QuantizedLinear):
@@ -51,17 +55,20 @@ class Linear8bitLt(QuantizedLinear):
     weight into any; a float weight is quantised if the layer was.
     """
 
+    weight: Int8Params
+    state: MatmulLtState
+
     def __init__(
         self,
-        input_features,
-        output_features,
-        bias=True,
-        has_fp16_weights=True,
-        threshold=0.0,
-        index=None,
-        device=None,
-        memory_efficient_backward=False,
-    ):
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        has_fp16_weights: bool = True,
+        threshold: float = 0.0,
+        index: Tensor | None = None,
+        device: Device = None,
+        memory_efficient_backward: bool = False,
+    ) -> None:
         if memory_efficient_backward:
             raise ValueError("Linear8bitLt: memory_efficient_backward is True, expected False: the option is gone")
         super().__init__(input_features, output_features, bias, device)
@@ -72,13 +79,14 @@ class Linear8bitLt(QuantizedLinear):
         self.index = index
         self.weight = Int8Params(self.weight.data, requires_grad=has_fp16_weights, has_fp16_weights=has_fp16_weights)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias. x: [..., input_features], float32, float16 or bfloat16."""
         weight, state = self.weight, self.state
         quantised = weight.dtype == torch.int8
         if not (quantised or state.has_fp16_weights or isinstance(weight, Int8Params)):
             # Tied to a float weight: nothing to quantise.
-            return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, weight.to(x.dtype), bias).to(x.dtype)
         if torch.compiler.is_compiling():
             return matmul(x, weight, state=self._state_of_one_call(), bias=self.bias)
         state.is_training = self.training
@@ -88,7 +96,7 @@ class Linear8bitLt(QuantizedLinear):
             self.init_8bit_state()
         return matmul(x, weight, state=state, bias=self.bias)
 
-    def _state_of_one_call(self):
+    def _state_of_one_call(self) -> MatmulLtState:
         """A copy of the state for a compiled graph, which cannot write to objects outside itself when checkpointed."""
         state = MatmulLtState()
         state.threshold = self.state.threshold
@@ -98,7 +106,7 @@ class Linear8bitLt(QuantizedLinear):
             state.CB, state.SCB = self.weight.detach(), self._scales()
         return state
 
-    def init_8bit_state(self):
+    def init_8bit_state(self) -> None:
         """Point the state at the int8 weight and its scales. RuntimeError: there are no scales."""
         weight, state = self.weight, self.state
         codes, scales = getattr(weight, "CB", None), getattr(weight, "SCB", None)
@@ -111,9 +119,17 @@ class Linear8bitLt(QuantizedLinear):
         if scales is not None and state.SCB is not scales:
             state.SCB = scales
         if state.SCB is None:
+            state.SCB = self._kept
+        if state.SCB is None:
             raise RuntimeError("Linear8bitLt: the weight is int8 and has no SCB: load a checkpoint that holds both")
 
-    def _follow(self):
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """nn.Module's, which an assignment calls too. The state lets go of the old weight if the new one has SCB."""
+        super().register_parameter(name, param)
+        if name == "weight" and getattr(self.weight, "SCB", None) is not None:
+            self.state.reset_grads()
+
+    def _follow(self) -> None:
         weight, state = self.weight, self.state
         if weight.dtype != torch.int8:
             state.reset_grads()
@@ -123,56 +139,75 @@ class Linear8bitLt(QuantizedLinear):
         if weight.device.type == "meta":
             state.CB = None
             return
+        mirrored = getattr(weight, "SCB", None)
         if state.SCB is not None:
-            mirrored = getattr(weight, "SCB", None)
             state.SCB = state.SCB.to(weight.device) if mirrored is None else mirrored
+        self._keep_scales()
         if state.CB is not None:
             state.CB = weight.CB if isinstance(weight, Int8Params) else weight.data
 
     # ---------------------------------------------------------------- checkpoints
 
-    def _scales(self):
+    def _scales(self) -> Tensor | None:
         """float32 [out] of the int8 weight, None if it is not quantised."""
         if self.weight.dtype != torch.int8:
             return None
+        places = (getattr(self.weight, "SCB", None), self.state.SCB, self._kept)
+        return next((scales for scales in places if scales is not None), None)
+
+    _kept: Tensor | None = None
+
+    def _keep_scales(self) -> None:
+        """Remember the scales: the weight that a sharding engine gives back has lost them."""
         scales = getattr(self.weight, "SCB", None)
-        return self.state.SCB if scales is None else scales
+        scales = self._kept if scales is None else scales
+        self._kept = scales if scales is None or self.weight.is_meta else scales.to(self.weight.device)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        scales = self._scales()
-        if scales is not None:
-            destination[prefix + "SCB"] = scales if keep_vars else scales.detach()
-            destination[prefix + "weight_format"] = torch.tensor(_ROW, dtype=torch.uint8)
+    # torch.distributed.checkpoint looks the keys of a checkpoint up as attributes.
+    SCB = property(lambda self: self._scales(), doc="float32 [out], one per row of the weight; None if that is float")
+    weight_format = property(lambda self: torch.tensor(ROW, dtype=torch.uint8), doc="uint8 0: row-major")
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
+    def _holds_codes(self) -> bool:
+        return self.weight.dtype == torch.int8
+
+    def _statistics(self) -> dict[str, Tensor]:
+        scales = self.SCB
+        return {} if scales is None else {"SCB": scales, "weight_format": self.weight_format}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if prefix + "weight" in state_dict:
-            _check_format(state_dict.get(prefix + "weight_format", "row"))
+            check_format(state_dict.get(prefix + "weight_format", "row"))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _owns(self, name, prefix):
+    def _owns(self, name: str, prefix: str) -> bool:
         return name in (f"{prefix}weight", f"{prefix}SCB", f"{prefix}weight_format")
 
-    def _take(self, weight, state_dict, prefix, assign):
+    def _take(self, weight: Tensor | None, state_dict: dict[str, Any], prefix: str, assign: bool) -> tuple[str, ...]:
         if weight is None:
             return ()
         keys = tuple(name for name in state_dict if self._owns(name, prefix))
         scales = state_dict.get(f"{prefix}SCB")
         quantised = self.weight.dtype == torch.int8
         if scales is not None:
-            self._load_int8(weight, scales, quantised, assign)
-            return keys
+            loaded = self._load_int8(weight, scales, quantised, assign)
+            return keys if loaded else tuple(name for name in keys if name != f"{prefix}weight")
         if weight.dtype == torch.int8:
             raise ValueError(f"the weight is int8 and {prefix}SCB is missing, expected both or neither")
+        if quantised and not isinstance(self.weight, Int8Params):
+            raise ValueError(f"the weight has dtype {weight.dtype}, expected torch.int8 and {prefix}SCB")
         if not (isinstance(self.weight, Int8Params) and self._takes_float(weight, quantised, assign)):
             return tuple(name for name in keys if name.endswith("weight_format"))
         self._load_float(weight, quantised, assign)
         return keys
 
-    def _load_int8(self, weight, scales, quantised, assign):
+    def _load_int8(self, weight: Tensor, scales: Tensor, quantised: bool, assign: bool) -> bool:
+        """Take int8 codes and their scales. False: the scales alone, because torch loads the codes of a shard."""
         current = self.weight
         meta = current.device.type == "meta"
-        if not isinstance(current, Int8Params) or current.has_fp16_weights or not (quantised or assign or meta):
+        sharded = quantised and is_dtensor(current)
+        if not (sharded or isinstance(current, Int8Params)) or self.state.has_fp16_weights:
+            raise ValueError(_INTO_FLOAT)
+        if not (quantised or assign or meta):
             raise ValueError(_INTO_FLOAT)
         if weight.dtype != torch.int8:
             raise ValueError(f"the weight beside SCB has dtype {weight.dtype}, expected torch.int8")
@@ -180,6 +215,10 @@ class Linear8bitLt(QuantizedLinear):
             given = tuple(weight.shape), tuple(scales.shape)
             expected = (self.out_features, self.in_features), (self.out_features,)
             raise ValueError(f"size mismatch: weight and SCB have shapes {given}, expected {expected}")
+        if sharded:
+            self.state.reset_grads()
+            self._kept = self.state.SCB = scales.to(current.device, torch.float32, copy=True)
+            return False
         if assign or meta:
             if not assign:
                 weight, scales = weight.clone(), scales.clone()
@@ -188,8 +227,9 @@ class Linear8bitLt(QuantizedLinear):
             current.data.copy_(weight)
             current.SCB = scales.to(current.device, torch.float32, copy=True)
         self._point_state()
+        return True
 
-    def _load_float(self, weight, quantised, assign):
+    def _load_float(self, weight: Tensor, quantised: bool, assign: bool) -> None:
         """Take a float weight [out, in]; quantise it, where the layer is, if the layer's was quantised."""
         current = self.weight
         replace = assign or current.device.type == "meta"
@@ -204,8 +244,9 @@ class Linear8bitLt(QuantizedLinear):
             current.SCB = fresh.SCB
         self._point_state()
 
-    def _point_state(self):
+    def _point_state(self) -> None:
         """After loading: a state in use is pointed at what was loaded."""
         self.state.reset_grads()
         if isinstance(self.weight, Int8Params) and self.weight.dtype == torch.int8:
             self.weight.follow()
+            self._keep_scales()

@@ -11,10 +11,13 @@ Checkpoints have the keys of a 4-bit linear layer: <name> and <name>.absmax and 
 import copy
 import functools
 import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, SupportsIndex
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.types import Device
 
 from .. import functional
 from ..quant_state import QuantState
@@ -33,18 +36,18 @@ class Bnb4bitParametrization(nn.Module):
     forward: codes [items, 1], any storage dtype -> quant_state.shape in quant_state.dtype; no gradient.
     """
 
-    def __init__(self, quant_state):
+    def __init__(self, quant_state: QuantState) -> None:
         super().__init__()
         self.quant_state = quant_state
 
-    def follow(self, packed):
+    def follow(self, packed: Tensor) -> None:
         """Bring the statistics to the device of the codes; to meta they do not go, and from there they cannot come."""
         absmax = self.quant_state.absmax
         if absmax.device != packed.device and not (packed.is_meta or absmax.is_meta):
             self.quant_state.to(packed.device)
 
     @torch.no_grad()
-    def forward(self, quantized_param):
+    def forward(self, quantized_param: Tensor) -> Tensor:
         """The dequantised tensor. ValueError: the codes are not those of quant_state."""
         state = self.quant_state
         if quantized_param.is_meta:
@@ -57,11 +60,11 @@ class Bnb4bitParametrization(nn.Module):
 class PackedList(parametrize.ParametrizationList):
     """The parametrisations of one parameter, over codes that moves carry along and casts leave alone."""
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedList":
         """nn.Module._apply. fn sees the codes as bytes, which a cast to another float type does not touch."""
         original = self.original
 
-        def on_bytes(tensor):
+        def on_bytes(tensor: Tensor) -> Tensor:
             return fn(tensor.view(torch.uint8)).view(tensor.dtype) if tensor is original else fn(tensor)
 
         super()._apply(on_bytes, recurse)
@@ -69,7 +72,13 @@ class PackedList(parametrize.ParametrizationList):
         return self
 
 
-def replace_parameter_4bit(module, param_name, compress_statistics=False, quant_type="nf4", blocksize=None):
+def replace_parameter_4bit(
+    module: nn.Module,
+    param_name: str,
+    compress_statistics: bool = False,
+    quant_type: str = "nf4",
+    blocksize: int | None = None,
+) -> None:
     """Store a parameter in 4 bits, in place. Returns None.
 
     module, param_name   module.<param_name> is a parameter of any shape: float32, float16 or bfloat16
@@ -88,7 +97,9 @@ def replace_parameter_4bit(module, param_name, compress_statistics=False, quant_
     _install(module, param_name, packed, state)
 
 
-def replace_parameter_4bit_prequantized(module, param_name, qs_dict, device):
+def replace_parameter_4bit_prequantized(
+    module: nn.Module, param_name: str, qs_dict: dict[str, Any], device: Device
+) -> None:
     """Let a parameter that holds packed codes be read as the tensor that they stand for. Returns None.
 
     module, param_name  module.<param_name> is a parameter of packed codes, any storage dtype
@@ -103,7 +114,7 @@ def replace_parameter_4bit_prequantized(module, param_name, qs_dict, device):
     _install(module, param_name, parameter.data, state)
 
 
-def _parameter(module, name):
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     if not hasattr(module, name):
         raise AttributeError(f"Module does not have parameter '{name}'")
     parameter = getattr(module, name)
@@ -112,13 +123,13 @@ def _parameter(module, name):
     return parameter
 
 
-def _check_bytes(what, packed, state):
+def _check_bytes(what: str, packed: Tensor, state: QuantState) -> None:
     if not is_packed(packed, state):
         given = packed.numel() * packed.element_size()
         raise ValueError(f"{what} has {given} bytes, expected two codes a byte for shape {tuple(state.shape)}")
 
 
-def _install(module, name, packed, state):
+def _install(module: nn.Module, name: str, packed: Tensor, state: QuantState) -> None:
     """Put codes in the place of module.<name>, and everything that reads, saves, loads and copies them."""
     setattr(module, name, nn.Parameter(packed, requires_grad=False))
     parametrize.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
@@ -127,12 +138,12 @@ def _install(module, name, packed, state):
     _register_parametrization_hooks(module, name)
 
 
-def _find(parametrizations):
+def _find(parametrizations: Iterable[nn.Module]) -> Any:
     """The Bnb4bitParametrization among the parametrisations of a parameter, or None."""
     return next((each for each in parametrizations if isinstance(each, Bnb4bitParametrization)), None)
 
 
-def _list_of(module, name):
+def _list_of(module: nn.Module, name: str) -> Any:
     """The parametrisations of module.<name> if it is stored in 4 bits, or None."""
     if not parametrize.is_parametrized(module, name):
         return None
@@ -140,7 +151,7 @@ def _list_of(module, name):
     return found if _find(found) is not None else None
 
 
-def packed_names(module):
+def packed_names(module: nn.Module) -> list[str]:
     """The names of the parameters of a module that are stored in 4 bits."""
     names = module.parametrizations if parametrize.is_parametrized(module) else ()
     return [name for name in names if _list_of(module, name) is not None]
@@ -149,7 +160,7 @@ def packed_names(module):
 # ---------------------------------------------------------------- reading: once in each forward
 
 
-def _enable_parametrization_cache(module, inputs):
+def _enable_parametrization_cache(module: nn.Module, inputs: Any) -> None:
     """Forward pre-hook: what parametrisations compute from here on is kept for the forward."""
     parametrize._cache_enabled += 1
     if torch.compiler.is_compiling():
@@ -159,7 +170,7 @@ def _enable_parametrization_cache(module, inputs):
     _entered.modules.append((module, keep_packed()))
 
 
-def _disable_parametrization_cache(module, inputs, output):
+def _disable_parametrization_cache(module: nn.Module, inputs: Any, output: Any) -> None:
     """Forward hook, run after an exception too, and then even if the pre-hook had not run."""
     parametrize._cache_enabled = max(parametrize._cache_enabled - 1, 0)
     if not parametrize._cache_enabled:
@@ -171,7 +182,7 @@ def _disable_parametrization_cache(module, inputs, output):
         let_go(entered.pop()[1])
 
 
-def _register_parametrization_hooks(module, param_name):
+def _register_parametrization_hooks(module: nn.Module, param_name: str) -> None:
     """Hooks that save, load and cache module.<param_name>. Without effect on checkpoints if it is not stored in 4 bits.
 
     The forward hook is always called: checkpointing ends a recomputation by an exception, and a count that stayed up
@@ -187,7 +198,9 @@ def _register_parametrization_hooks(module, param_name):
 # ---------------------------------------------------------------- checkpoints
 
 
-def _save(module, state_dict, prefix, local_metadata, *, param_name):
+def _save(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *, param_name: str
+) -> None:
     """State dict post-hook: the codes under the name of the parameter, the statistics beside them."""
     found = _list_of(module, param_name)
     key = f"{prefix}parametrizations.{param_name}.original"
@@ -198,7 +211,18 @@ def _save(module, state_dict, prefix, local_metadata, *, param_name):
         state_dict[f"{prefix}{param_name}.{name}"] = value.detach()
 
 
-def _load(module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs, *, param_name):
+def _load(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+    *,
+    param_name: str,
+) -> None:
     """Load pre-hook: take what _save() wrote, or a float tensor, and hand the codes to torch under their inner name."""
     found = _list_of(module, param_name)
     key = prefix + param_name
@@ -220,7 +244,7 @@ def _load(module, state_dict, prefix, local_metadata, strict, missing_keys, unex
     state_dict.pop(key, None)
 
 
-def _take(found, value, statistics, assign):
+def _take(found: Any, value: Tensor, statistics: dict[str, Any], assign: bool) -> Tensor:
     """Check codes and statistics, or quantise a float tensor; set the statistics. Returns the codes to load."""
     holder, current = _find(found), found.original
     old = holder.quant_state
@@ -253,7 +277,7 @@ def _take(found, value, statistics, assign):
     return packed
 
 
-def _with_storage(packed, dtype, shape):
+def _with_storage(packed: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     """The same bytes in items of another dtype, the last one padded with zeros."""
     result = torch.zeros(shape, dtype=dtype, device=packed.device)
     target, source = result.view(torch.uint8).view(-1), packed.contiguous().view(torch.uint8).view(-1)
@@ -262,7 +286,7 @@ def _with_storage(packed, dtype, shape):
     return result
 
 
-def _name_missing(module, incompatible_keys, *, param_name):
+def _name_missing(module: nn.Module, incompatible_keys: Any, *, param_name: str) -> None:
     """Load post-hook: a missing parameter is reported by the name that a checkpoint has for it."""
     inner = f"parametrizations.{param_name}.original"
     missing = incompatible_keys.missing_keys
@@ -272,7 +296,7 @@ def _name_missing(module, incompatible_keys, *, param_name):
 # ---------------------------------------------------------------- copies and pickles
 
 
-def _make_copyable(cls):
+def _make_copyable(cls: type) -> None:
     """Let modules of a parametrised class be copied and pickled.
 
     torch would share the class, and so the cache entries, between copies, and refuses to pickle.
@@ -284,7 +308,7 @@ def _make_copyable(cls):
         cls.__deepcopy__ = _deepcopy
 
 
-def _outline(base, names):
+def _outline(base: type, names: list[str]) -> nn.Module:
     """An empty module whose class extends base by the properties `names`."""
     module = base.__new__(base)
     nn.Module.__init__(module)
@@ -295,12 +319,12 @@ def _outline(base, names):
     return module
 
 
-def _reduce(self, protocol):
+def _reduce(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
     names = list(self.parametrizations)
     return _outline, (parametrize.type_before_parametrizations(self), names), self.__dict__
 
 
-def _deepcopy(self, memo):
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     result = _outline(parametrize.type_before_parametrizations(self), list(self.parametrizations))
     memo[id(self)] = result
     result.__dict__ = copy.deepcopy(self.__dict__, memo)

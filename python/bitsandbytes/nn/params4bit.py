@@ -9,9 +9,12 @@ Params4bit(tensor, requires_grad=..., **old.__dict__), after adding keys of thei
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any, SupportsIndex
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.types import Device
 
 from .. import functional
 from ..quant_state import QuantState
@@ -19,19 +22,20 @@ from ..quant_state import QuantState
 _PIECES = (torch.chunk, torch.split)
 
 
-def _bytes(state):
+def bytes_of(state: QuantState) -> int:
+    """Bytes of the packed codes that state describes: two codes each."""
     return -(-math.prod(state.shape) // 2)
 
 
-def is_packed(data, state):
+def is_packed(data: Tensor, state: QuantState) -> bool:
     """True if data has exactly the bytes that state describes: two codes each, padded to whole items."""
-    return data.numel() == -(-_bytes(state) // data.element_size())
+    return data.numel() == -(-bytes_of(state) // data.element_size())
 
 
-def _of_state(name, *, nested=False):
+def _of_state(name: str, *, nested: bool = False) -> property:
     """A property that reads `name` from quant_state, or from its state2; AttributeError where there is none."""
 
-    def get(self):
+    def get(self: Any) -> Any:
         state = self.quant_state
         if state is not None and nested:
             state = state.state2
@@ -44,7 +48,7 @@ def _of_state(name, *, nested=False):
     return property(get, doc=f"{name} of quant_state{'.state2' if nested else ''}")
 
 
-def _named(name, attribute):
+def _named(name: str, attribute: property) -> property:
     attribute.fget.public_name = name
     return attribute
 
@@ -63,19 +67,28 @@ class Params4bit(nn.Parameter):
     Other keywords are accepted and dropped.  ValueError, at the first move: options outside these lists.
     """
 
+    blocksize: int
+    compress_statistics: bool
+    quant_type: str
+    quant_state: QuantState | Any  # None before quantisation
+    quant_storage: torch.dtype
+    bnb_quantized: bool
+    module: nn.Module | Any  # None without an owner
+
     def __new__(
         cls,
-        data=None,
-        requires_grad=False,
-        quant_state=None,
-        blocksize=None,
-        compress_statistics=True,
-        quant_type="fp4",
-        quant_storage=torch.uint8,
-        module=None,
-        bnb_quantized=False,
-        **ignored,
-    ):
+        data: Tensor | None = None,
+        requires_grad: bool = False,
+        quant_state: QuantState | None = None,
+        blocksize: int | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        module: nn.Module | None = None,
+        bnb_quantized: bool = False,
+        **ignored: Any,
+    ) -> "Params4bit":
+        """Wrap data; nothing is quantised yet."""
         self = torch.Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
         self.blocksize = functional.DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
         self.compress_statistics = compress_statistics
@@ -87,7 +100,15 @@ class Params4bit(nn.Parameter):
         return self
 
     @classmethod
-    def from_prequantized(cls, data, quantized_stats, requires_grad=False, device="cuda", module=None, **ignored):
+    def from_prequantized(
+        cls,
+        data: Tensor,
+        quantized_stats: dict[str, Any],
+        requires_grad: bool = False,
+        device: Device = "cuda",
+        module: nn.Module | None = None,
+        **ignored: Any,
+    ) -> "Params4bit":
         """A parameter from a checkpoint.
 
         data             packed codes, any storage dtype
@@ -98,14 +119,14 @@ class Params4bit(nn.Parameter):
         state = QuantState.from_dict(quantized_stats, device=device)
         if not is_packed(data, state):
             given, shape = data.numel() * data.element_size(), tuple(state.shape)
-            raise ValueError(f"data has {given} bytes, expected {_bytes(state)} for shape {shape}")
+            raise ValueError(f"data has {given} bytes, expected {bytes_of(state)} for shape {shape}")
         self = cls(data.to(device), requires_grad, **cls._options(data, state), module=module)
         if module is not None:
-            module.quant_state = state
+            module.quant_state, module.quant_storage = state, self.dtype
         return self
 
     @staticmethod
-    def _options(data, state):
+    def _options(data: Tensor, state: QuantState) -> dict[str, Any]:
         """The constructor's arguments that belong to packed data and its state."""
         return {
             "quant_state": state,
@@ -131,7 +152,7 @@ class Params4bit(nn.Parameter):
 
     # ---------------------------------------------------------------- moves
 
-    def _quantize(self, device):
+    def _quantize(self, device: Device) -> "Params4bit":
         """Replace the weight by its codes on device, in place. Returns self."""
         packed, state = functional.quantize_4bit(
             self.data.to(device),
@@ -148,13 +169,13 @@ class Params4bit(nn.Parameter):
             self.module.quant_state = state
         return self
 
-    def _like(self, data):
+    def _like(self, data: Tensor) -> "Params4bit":
         """A parameter of other data with the same description, owned by nobody."""
         result = type(self)(data, self.requires_grad)
         result.__dict__.update(self.__dict__, module=None)
         return result
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: Any, **kwargs: Any) -> "Params4bit":
         """Tensor.to(). Quantises, in place, on the first move to a device other than meta; the CPU is one too.
 
         Packed codes move together with their quant_state (the same object) and keep their dtype; a move to meta leaves
@@ -172,49 +193,49 @@ class Params4bit(nn.Parameter):
             self.quant_state.to(device)
         return self._like(self.data.to(device=device, non_blocking=non_blocking))
 
-    def cpu(self):
+    def cpu(self) -> "Params4bit":  # type: ignore[override]
         """to("cpu")"""
         return self.to("cpu")
 
-    def cuda(self, device=None, non_blocking=False):
+    def cuda(self, device: Device = None, non_blocking: bool = False) -> "Params4bit":  # type: ignore[override]
         """to() a CUDA device, the current one by default."""
         return self.to("cuda" if device is None else device, non_blocking=non_blocking)
 
-    def xpu(self, device=None, non_blocking=False):
+    def xpu(self, device: Device = None, non_blocking: bool = False) -> "Params4bit":  # type: ignore[override]
         """to() an XPU device, the current one by default."""
         device = f"xpu:{device}" if isinstance(device, int) else device
         return self.to("xpu" if device is None else device, non_blocking=non_blocking)
 
-    def type(self, dtype=None, non_blocking=False):
+    def type(self, dtype: torch.dtype | str | None = None, non_blocking: bool = False) -> Any:
         """Tensor.type(), except that packed codes keep their dtype."""
         if dtype is not None and self.bnb_quantized:
             return self
         return self.data.type() if dtype is None else self._like(self.data.type(dtype, non_blocking))
 
-    def half(self):
+    def half(self) -> "Params4bit":
         """to(torch.float16)"""
         return self.to(torch.float16)
 
-    def bfloat16(self):
+    def bfloat16(self) -> "Params4bit":
         """to(torch.bfloat16)"""
         return self.to(torch.bfloat16)
 
-    def float(self):
+    def float(self) -> "Params4bit":
         """to(torch.float32)"""
         return self.to(torch.float32)
 
-    def double(self):
+    def double(self) -> "Params4bit":
         """to(torch.float64)"""
         return self.to(torch.float64)
 
     # ---------------------------------------------------------------- copies
 
-    def __copy__(self):
+    def __copy__(self) -> "Params4bit":
         result = type(self)(self.data, self.requires_grad)
         result.__dict__.update(self.__dict__)
         return result
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Params4bit":
         """New data and new statistics. The owner is the copied one if it is being copied too, else the same."""
         if id(self) in memo:
             return memo[id(self)]
@@ -225,21 +246,21 @@ class Params4bit(nn.Parameter):
         result.__dict__.update(copy.deepcopy(rest, memo), module=owner)
         return result
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # The owner holds the parameter, and links itself again (Linear4bit.__setstate__).
         return _rebuild, (type(self), self.data, self.requires_grad, {**self.__dict__, "module": None})
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "data": self.data, "requires_grad": self.requires_grad}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         self.data = state.pop("data")
         self.requires_grad = state.pop("requires_grad")
         self.__dict__.update(state)
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """torch.chunk and torch.split give Params4bit with the whole quant_state; all else gives plain tensors.
 
         Sharding engines cut parameters by these two functions and rejoin the pieces.
@@ -251,13 +272,13 @@ class Params4bit(nn.Parameter):
             return tuple(source._piece(piece) for piece in result)
         return result
 
-    def _piece(self, data):
+    def _piece(self, data: Tensor) -> "Params4bit":
         result = type(self)(data.detach(), self.requires_grad)
         result.__dict__.update(self.__dict__)
         return result
 
 
-def _rebuild(cls, data, requires_grad, attributes):
+def _rebuild(cls: type[Params4bit], data: Tensor, requires_grad: bool, attributes: dict[str, Any]) -> Params4bit:
     result = cls(data, requires_grad)
     result.__dict__.update(attributes)
     return result

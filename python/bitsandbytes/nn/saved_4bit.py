@@ -6,19 +6,21 @@ for a recipe; the backward decodes that part again, of a 3-D weight the one expe
 Where other hooks are in force (checkpointing, offloading) they stay in force: they release or move what is saved.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from .. import functional
+from ..quant_state import QuantState
 
 
 class Origin(NamedTuple):
     """Where a dequantised tensor came from: codes, QuantState, its version, by which in-place changes show."""
 
     packed: torch.Tensor
-    state: object
+    state: QuantState
     version: int
 
 
@@ -27,7 +29,7 @@ class _Recipe(NamedTuple):
 
     codes: torch.Tensor  # those of whole blocks, from the first to the last that the view touches
     version: int  # of the codes
-    state: object
+    state: QuantState
     first: int  # block
     elements: int
     size: tuple
@@ -35,14 +37,14 @@ class _Recipe(NamedTuple):
     offset: int  # from the first element of the first block
 
 
-def remember(tensor, packed, state):
+def remember(tensor: Tensor, packed: Tensor, state: QuantState) -> Tensor:
     """Note on a tensor that it was made from packed codes, if a forward is going to keep it. Returns it."""
     if parametrize._cache_enabled and not torch.compiler.is_compiling() and not tensor.is_inference():
         tensor.bnb_origin = Origin(packed, state, tensor._version)
     return tensor
 
 
-def keep_packed():
+def keep_packed() -> Any:
     """Start exchanging saved tensors. Returns what let_go() needs; None if nothing was started."""
     graph = torch._C._autograd
     if not torch.is_grad_enabled() or not graph._saved_tensors_hooks_is_enabled():
@@ -54,13 +56,13 @@ def keep_packed():
     return hooks
 
 
-def let_go(hooks):
+def let_go(hooks: Any) -> None:
     """End what keep_packed() started."""
     if hooks is not None:
         hooks.__exit__()
 
 
-def _pack(tensor):
+def _pack(tensor: Tensor) -> Any:
     if tensor.numel() == 0:
         return tensor
     address = tensor.untyped_storage().data_ptr()
@@ -72,7 +74,7 @@ def _pack(tensor):
     return tensor
 
 
-def _recipe(tensor, whole, origin):
+def _recipe(tensor: Tensor, whole: Tensor, origin: Origin) -> _Recipe:
     packed, state = origin.packed, origin.state
     block, start = state.blocksize, tensor.storage_offset()
     stop = start + 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -84,7 +86,7 @@ def _recipe(tensor, whole, origin):
     return _Recipe(codes, packed._version, state, first, elements, *place)
 
 
-def _unpack(saved):
+def _unpack(saved: Any) -> Tensor:
     if not isinstance(saved, _Recipe):
         return saved
     codes, state = saved.codes, saved.state
