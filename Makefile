@@ -81,6 +81,15 @@ upstream-tests: $(ENV)/test.stamp $(ENV)/upstream.stamp $(ENV)/installed.stamp #
 	env -u BNB_LIBRARY $(PY) tools/upstream_tests.py "$(UPSTREAM)" --files $(UPSTREAM_TESTS) \
 	    $(if $(filter none,$(VENV)),--site $(ENV)/site) -- $(PYTEST_ARGS)
 
+.PHONY: upstream-checkpoints
+upstream-checkpoints: $(ENV)/test.stamp $(ENV)/installed.stamp ## our checkpoints in upstream (UPSTREAM_PYTHON=its interpreter)
+	@test -x "$(UPSTREAM_PYTHON)" || { echo "upstream-checkpoints: UPSTREAM_PYTHON is '$(UPSTREAM_PYTHON)', expected the" \
+	    "absolute path of an interpreter with upstream's bitsandbytes and safetensors" >&2; exit 2; }
+	rm -rf build/checkpoints
+	$(PY) tests/upstream/write_checkpoints.py build/checkpoints
+	env -u PYTHONPATH "$(UPSTREAM_PYTHON)" tests/upstream/read_checkpoints.py build/checkpoints
+	$(PY) tests/upstream/read_checkpoints.py tests/upstream/checkpoints
+
 .PHONY: bench
 bench: $(ENV)/test.stamp $(ENV)/installed.stamp ## time every operation against the machine's copy rate
 	$(call cmake_build,release,-DCMAKE_BUILD_TYPE=Release)
