@@ -10,6 +10,7 @@
 
 #include "bench.h"
 #include "core/half.h"
+#include "core/optim_plan.h"
 
 enum { BLOCK8 = 256, BLOCK4 = 64, PATTERN = 65536 };
 
@@ -197,6 +198,7 @@ static void prepare_optim(struct task *t, struct arena *a, const struct op *op)
 {
     const bnb_optim_config config = config_of(op->name);
     const struct bnb_optim_row *row = bnb_optim_find(config.name);
+    const struct bnb_optim_recipe recipe = bnb_optim_recipe_of(row, &config);
     const bool coded = strstr(op->name, "8bit");
     const size_t n = (size_t)t->n;
     t->units = bnb_blocks(t->n, BNB_OPTIM_BLOCK);
@@ -206,7 +208,7 @@ static void prepare_optim(struct task *t, struct arena *a, const struct op *op)
                                        .dtype = (int)t->dtype,
                                        .bits = coded ? 8 : 32,
                                        .map = {bnb_map_signed, bnb_map_unsigned},
-                                       .s = bnb_optim_plan_of(row, &config, config.lr, 100, NULL).scalars};
+                                       .s = bnb_optim_plan_of(&recipe, config.lr, 100, 1.0, NULL).scalars};
     if (row->rule == BNB_RULE_RMSPROP)
         t->optim.map[0] = bnb_map_unsigned;
     for (int k = 0; k < (row->is_double ? 3 : row->states); k++) {
