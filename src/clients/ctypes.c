@@ -100,12 +100,20 @@ int cdequantize_blockwise_bf16_fp4(const float *code, const uint8_t *codes, cons
     return dequantize4(codes, absmax, out, BNB_BF16, BNB_FP4, blocksize, n, stream);
 }
 
+/* NOLINTBEGIN(readability-function-size): thirteen arguments, as the clients give them */
 int cgemm_4bit_inference_naive_fp32(int m, int n, int k, const void *x, const uint8_t *codes, const float *absmax,
                                     const float *code, void *out, int lda, int ldb, int ldc, int blocksize,
                                     void *stream)
 {
-    const bnb_gemm4_args sizes = {
-        .x = x, .codes = codes, .out = out, .m = n, .n = m, .k = k, .block = blocksize, .dtype = BNB_F32};
+    const bnb_gemm4_args sizes = {.x = x,
+                                  .codes = codes,
+                                  .out = out,
+                                  .type = BNB_NF4,
+                                  .m = n,
+                                  .n = m,
+                                  .k = k,
+                                  .block = blocksize,
+                                  .dtype = BNB_F32};
     (void)lda, (void)ldb, (void)ldc;
     return gemm4(&sizes, absmax, code, stream);
 }
@@ -114,8 +122,15 @@ int cgemm_4bit_inference_naive_fp16(int m, int n, int k, const void *x, const ui
                                     const float *code, void *out, int lda, int ldb, int ldc, int blocksize,
                                     void *stream)
 {
-    const bnb_gemm4_args sizes = {
-        .x = x, .codes = codes, .out = out, .m = n, .n = m, .k = k, .block = blocksize, .dtype = BNB_F16};
+    const bnb_gemm4_args sizes = {.x = x,
+                                  .codes = codes,
+                                  .out = out,
+                                  .type = BNB_NF4,
+                                  .m = n,
+                                  .n = m,
+                                  .k = k,
+                                  .block = blocksize,
+                                  .dtype = BNB_F16};
     (void)lda, (void)ldb, (void)ldc;
     return gemm4(&sizes, absmax, code, stream);
 }
@@ -124,8 +139,16 @@ int cgemm_4bit_inference_naive_bf16(int m, int n, int k, const void *x, const ui
                                     const float *code, void *out, int lda, int ldb, int ldc, int blocksize,
                                     void *stream)
 {
-    const bnb_gemm4_args sizes = {
-        .x = x, .codes = codes, .out = out, .m = n, .n = m, .k = k, .block = blocksize, .dtype = BNB_BF16};
+    const bnb_gemm4_args sizes = {.x = x,
+                                  .codes = codes,
+                                  .out = out,
+                                  .type = BNB_NF4,
+                                  .m = n,
+                                  .n = m,
+                                  .k = k,
+                                  .block = blocksize,
+                                  .dtype = BNB_BF16};
     (void)lda, (void)ldb, (void)ldc;
     return gemm4(&sizes, absmax, code, stream);
 }
+/* NOLINTEND(readability-function-size) */
