@@ -42,7 +42,7 @@ const struct bnb_optim_row *bnb_optim_find(const char *name)
 
 struct bnb_optim_recipe bnb_optim_recipe_of(const struct bnb_optim_row *row, const bnb_optim_config *c)
 {
-    return (struct bnb_optim_recipe){.rule = row->rule,
+    return (struct bnb_optim_recipe){.rule = (int)row->rule,
                                      .states = row->states,
                                      .decoupled = row->decoupled && !c->coupled_decay,
                                      .no_gain = row->no_gain,
