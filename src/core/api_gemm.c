@@ -70,6 +70,7 @@ static bnb_status run_gemm4(const bnb_exec *ex, const bnb_gemm4_args *g, bool gr
     BNB_CHECK(check_gemm4(f, g, &b, grad));
     if (g->m == 0 || (grad ? g->k : g->n) == 0)
         return BNB_OK;
+    BNB_CHECK(bnb_core_check_member(f, device->gemm4 != NULL));
     return device->gemm4(ex, &b, g->dtype);
 }
 
@@ -108,6 +109,7 @@ static bnb_status run_quantize(const bnb_exec *ex, const char *f, const struct b
         BNB_CHECK(bnb_core_check_ptr(f, "stats", a->stats));
     if (!a->by_column && threshold > 0.0 && a->cols > 0)
         BNB_CHECK(bnb_core_check_ptr(f, "outlier", a->outlier));
+    BNB_CHECK(bnb_core_check_member(f, device->quantize_rows != NULL));
     return device->quantize_rows(ex, a, dtype);
 }
 
@@ -154,6 +156,7 @@ bnb_status bnb_dequantize_rows(const bnb_exec *ex, const int8_t *codes, const fl
     BNB_CHECK(bnb_core_check_ptr(f, "stats", stats));
     BNB_CHECK(bnb_core_check_ptr(f, "out", out));
     const struct bnb_derows_args a = {.codes = codes, .stats = stats, .out = out, .rows = rows, .cols = cols};
+    BNB_CHECK(bnb_core_check_member(f, device->dequantize_rows != NULL));
     return device->dequantize_rows(ex, &a, dtype);
 }
 
@@ -176,6 +179,7 @@ bnb_status bnb_matmul8(const bnb_exec *ex, const int8_t *a, const int8_t *b, int
         BNB_CHECK(bnb_core_check_ptr(f, "b", b));
     }
     const struct bnb_gemm8_block g = {.a = a, .b = b, .sums = out, .m = m, .n = n, .k = k};
+    BNB_CHECK(bnb_core_check_member(f, device->gemm8 != NULL));
     return device->gemm8(ex, &g, BNB_F32);
 }
 
@@ -234,6 +238,7 @@ bnb_status bnb_gemm8(const bnb_exec *ex, const bnb_gemm8_args *g)
                                       .m = g->m,
                                       .n = g->n,
                                       .k = g->k};
+    BNB_CHECK(bnb_core_check_member(f, device->gemm8 != NULL));
     return device->gemm8(ex, &b, g->dtype);
 }
 
@@ -254,5 +259,6 @@ bnb_status bnb_gemm8_grad(const bnb_exec *ex, const bnb_gemm8_args *g)
     }
     const struct bnb_gemm8_block b = {
         .b = g->b, .col_stats = g->col_stats, .x = g->x, .out = g->out, .m = g->m, .n = g->n, .k = g->k, .grad = 1};
+    BNB_CHECK(bnb_core_check_member(f, device->gemm8 != NULL));
     return device->gemm8(ex, &b, g->dtype);
 }

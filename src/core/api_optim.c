@@ -3,7 +3,7 @@
  */
 #include <math.h>
 
-#include "core/internal.h"
+#include "core/check.h"
 
 /* The learning rate is checked where the host can read it. */
 static bnb_status check_ranges(const char *f, const bnb_optim_config *c, double lr)
@@ -130,6 +130,7 @@ bnb_status bnb_optim_step(const bnb_exec *ex, const bnb_optim_config *config, co
     if (config->max_unorm > 0.0 && count > 0 && !config->norms)
         return bnb_fail(BNB_EINVAL, "%s: norms is NULL with max_unorm %g, expected those of bnb_optim_norms()", f,
                         config->max_unorm);
+    BNB_CHECK(bnb_core_check_member(f, device->optim_step != NULL));
     return device->optim_step(ex, config, tensors, count);
 }
 
@@ -145,6 +146,7 @@ bnb_status bnb_optim_norms(const bnb_exec *ex, const bnb_optim_config *config, c
         return status;
     if (count > 0 && !norms)
         return bnb_fail(BNB_EINVAL, "%s: norms is NULL, expected a buffer of %zu x 2", f, count);
+    BNB_CHECK(bnb_core_check_member(f, device->optim_norms != NULL));
     return count > 0 ? device->optim_norms(ex, config, tensors, count, norms) : BNB_OK;
 }
 
@@ -166,6 +168,7 @@ bnb_status bnb_gradient_norms(const bnb_exec *ex, const bnb_gradient *gradients,
             return bnb_fail(BNB_EDTYPE, "%s: gradients[%zu].dtype is %d, expected f32, f16 or bf16", f, i,
                             (int)g->dtype);
     }
+    BNB_CHECK(bnb_core_check_member(f, device->gradient_norms != NULL));
     return count > 0 ? device->gradient_norms(ex, gradients, count, norms) : BNB_OK;
 }
 
@@ -191,5 +194,6 @@ bnb_status bnb_clip_percentile(const bnb_exec *ex, const bnb_clip_tensor *tensor
             return bnb_fail(BNB_EINVAL, "%s: tensors[%zu].step is %lld, expected 1 or more", f, i,
                             (long long)tensors[i].step);
     }
+    BNB_CHECK(bnb_core_check_member(f, device->clip_percentile != NULL));
     return count > 0 ? device->clip_percentile(ex, tensors, count, percentile, norms, report) : BNB_OK;
 }

@@ -22,6 +22,7 @@ bnb_status bnb_quantize8(const bnb_exec *ex, const void *x, bnb_dtype dtype, int
     BNB_CHECK(bnb_core_check_ptr(f, "absmax", absmax));
     const struct bnb_quant8_args a = {
         .x = x, .codes = codes, .absmax = absmax, .n = n, .block = block, .map = {.code = code}};
+    BNB_CHECK(bnb_core_check_member(f, device->quantize8 != NULL));
     return device->quantize8(ex, &a, dtype);
 }
 
@@ -42,6 +43,7 @@ bnb_status bnb_dequantize8(const bnb_exec *ex, const uint8_t *codes, int64_t n, 
     BNB_CHECK(bnb_core_check_ptr(f, "code", code));
     BNB_CHECK(bnb_core_check_ptr(f, "out", out));
     BNB_CHECK(bnb_core_check_scales(f, scales, &a.scale));
+    BNB_CHECK(bnb_core_check_member(f, device->dequantize8 != NULL));
     return device->dequantize8(ex, &a, dtype);
 }
 
@@ -63,6 +65,7 @@ bnb_status bnb_quantize4(const bnb_exec *ex, const void *x, bnb_dtype dtype, int
     BNB_CHECK(bnb_core_check_ptr(f, "absmax", absmax));
     const struct bnb_quant4_args a = {
         .x = x, .codes = codes, .absmax = absmax, .n = n, .block = block, .type = (int)type};
+    BNB_CHECK(bnb_core_check_member(f, device->quantize4 != NULL));
     return device->quantize4(ex, &a, dtype);
 }
 
@@ -84,6 +87,7 @@ bnb_status bnb_dequantize4(const bnb_exec *ex, const uint8_t *codes, int64_t n, 
     BNB_CHECK(bnb_core_check_ptr(f, "out", out));
     BNB_CHECK(bnb_core_check_scales(f, scales, &a.scale));
     a.code = bnb_map4(type);
+    BNB_CHECK(bnb_core_check_member(f, device->dequantize4 != NULL));
     return device->dequantize4(ex, &a, dtype);
 }
 
@@ -103,6 +107,7 @@ bnb_status bnb_quantize_scales(const bnb_exec *ex, const float *absmax, int64_t 
         BNB_CHECK(bnb_core_check_ptr(f, "codes", codes));
         BNB_CHECK(bnb_core_check_ptr(f, "absmax2", absmax2));
     }
+    BNB_CHECK(bnb_core_check_member(f, device->quantize_scales != NULL));
     return device->quantize_scales(
         ex, absmax, offset,
         &(struct bnb_quant8_args){.codes = codes, .absmax = absmax2, .n = n, .block = block, .map = {.code = code}});
@@ -122,5 +127,6 @@ bnb_status bnb_dequantize_scales(const bnb_exec *ex, const bnb_scales *scales, i
     BNB_CHECK(bnb_core_check_ptr(f, "out", out));
     if (!a.absmax2)
         return bnb_fail(BNB_EINVAL, "%s: scales->block2 is 0, expected 1 or more: plain scales need no expansion", f);
+    BNB_CHECK(bnb_core_check_member(f, device->expand_scales != NULL));
     return device->expand_scales(ex, &a, n, out);
 }

@@ -3,7 +3,7 @@
  */
 #include <math.h>
 
-#include "core/internal.h"
+#include "core/check.h"
 
 /* The offset that stands for "half a step" whatever the count. */
 #define DEFAULT_OFFSET (1.0 / 512.0)
@@ -40,5 +40,6 @@ bnb_status bnb_estimate_quantiles(const bnb_exec *ex, const void *x, bnb_dtype d
     int64_t rank[256];
     for (int j = 0; j < count; j++)
         rank[j] = rank_of(n, offset, count, j);
+    BNB_CHECK(bnb_core_check_member(f, device->select != NULL));
     return device->select(ex, x, dtype, n, rank, count, out);
 }

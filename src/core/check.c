@@ -3,6 +3,13 @@
  */
 #include "core/check.h"
 
+bnb_status bnb_core_check_member(const char *f, bool present)
+{
+    if (!present)
+        return bnb_fail(BNB_EDEVICE, "%s: this build has no CUDA kernel for it; move the tensors to the CPU", f);
+    return BNB_OK;
+}
+
 bnb_status bnb_core_check_float(const char *f, bnb_dtype dtype)
 {
     if (dtype != BNB_F32 && dtype != BNB_F16 && dtype != BNB_BF16)

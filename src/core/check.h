@@ -14,6 +14,9 @@
             return check;                    \
     } while (0)
 
+/* Does the device of the call have the operation? */
+bnb_status bnb_core_check_member(const char *function, bool present);
+
 bnb_status bnb_core_check_float(const char *function, bnb_dtype dtype);
 bnb_status bnb_core_check_n(const char *function, int64_t n);
 bnb_status bnb_core_check_block(const char *function, int64_t block);

@@ -45,7 +45,7 @@ struct bnb_device_ops {
                                   const double *norms, float *report);
 };
 
-extern const struct bnb_device_ops bnb_cpu_device;
+extern const struct bnb_device_ops bnb_cpu_device, bnb_cuda_device;
 
 /* The table of ex's device, or NULL after bnb_fail(): unknown device, a struct of an unknown size. */
 const struct bnb_device_ops *bnb_device_of(const bnb_exec *ex, const char *function);

@@ -43,8 +43,20 @@ static ALWAYS_INLINE struct rule_scalars rule_load(const struct bnb_optim_scalar
     return k;
 }
 
+/* In C++ a function of constants is a constant. */
+#ifndef RULE_CONSTANT
+#ifdef __cplusplus
+#define RULE_CONSTANT constexpr
+#else
+#define RULE_CONSTANT
+#endif
+#endif
+
 /* How many states a rule has, and which of them may be negative: those keep their sign when requantised. */
-static ALWAYS_INLINE int rule_states(int rule) { return rule == BNB_RULE_ADEMAMIX ? 3 : rule == BNB_RULE_ADAM ? 2 : 1; }
+static ALWAYS_INLINE RULE_CONSTANT int rule_states(int rule)
+{
+    return rule == BNB_RULE_ADEMAMIX ? 3 : rule == BNB_RULE_ADAM ? 2 : 1;
+}
 
 static ALWAYS_INLINE bool rule_is_signed(int rule, int k) { return k != 1 && rule != BNB_RULE_RMSPROP; }
 

@@ -66,10 +66,8 @@ const struct bnb_device_ops *bnb_device_of(const bnb_exec *ex, const char *funct
     if (ex->device == BNB_CPU)
         return &bnb_cpu_device;
     if (ex->device == BNB_CUDA)
-        bnb_fail(BNB_EDEVICE, "%s: this build of libbitsandbytes has no CUDA kernels; move the tensors to the CPU",
-                 function);
-    else
-        bnb_fail(BNB_EINVAL, "%s: ex->device is %d, expected BNB_CPU (0) or BNB_CUDA (1)", function, (int)ex->device);
+        return &bnb_cuda_device;
+    bnb_fail(BNB_EINVAL, "%s: ex->device is %d, expected BNB_CPU (0) or BNB_CUDA (1)", function, (int)ex->device);
     return NULL;
 }
 

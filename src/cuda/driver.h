@@ -64,6 +64,8 @@ enum {
     X(module_function, cuModuleGetFunction, (cu_function * function, cu_module module, const char *name))           \
     X(function_attribute, cuFuncGetAttribute, (int *value, int attribute, cu_function function))                    \
     X(function_set, cuFuncSetAttribute, (cu_function function, int attribute, int value))                           \
+    X(occupancy, cuOccupancyMaxActiveBlocksPerMultiprocessor,                                                       \
+      (int *blocks, cu_function function, int threads, size_t shared_bytes))                                        \
     X(launch, cuLaunchKernel,                                                                                       \
       (cu_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, \
        unsigned block_z, unsigned shared_bytes, cu_stream stream, void **parameters, void **extra))                 \

@@ -1,0 +1,46 @@
+/*
+ * cuda.h - what the files of the CUDA device share: the members of bnb_cuda_device, one launcher per operation
+ */
+#ifndef BNB_CUDA_CUDA_H
+#define BNB_CUDA_CUDA_H
+
+#include "cuda/device.h"
+#include "cuda/kernels/launch_args.h"
+
+/* Can `bytes` bytes be moved at once from this address on? */
+bool bnb_cuda_aligned(const void *address, size_t bytes);
+
+/* launch_quant.c, launch_scales.c */
+bnb_status bnb_cuda_quantize8(const bnb_exec *ex, const struct bnb_quant8_args *a, bnb_dtype dtype);
+bnb_status bnb_cuda_dequantize8(const bnb_exec *ex, const struct bnb_dequant8_args *a, bnb_dtype dtype);
+bnb_status bnb_cuda_quantize4(const bnb_exec *ex, const struct bnb_quant4_args *a, bnb_dtype dtype);
+bnb_status bnb_cuda_dequantize4(const bnb_exec *ex, const struct bnb_dequant4_args *a, bnb_dtype dtype);
+bnb_status bnb_cuda_quantize_scales(const bnb_exec *ex, const float *absmax, float *offset,
+                                    const struct bnb_quant8_args *a);
+bnb_status bnb_cuda_expand_scales(const bnb_exec *ex, const struct bnb_scale_args *a, int64_t n, float *out);
+
+/* launch_optim.c, launch_norms.c */
+bnb_status bnb_cuda_optim_step(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
+                               size_t count);
+bnb_status bnb_cuda_optim_norms(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
+                                size_t count, double *norms);
+bnb_status bnb_cuda_gradient_norms(const bnb_exec *ex, const bnb_gradient *gradients, size_t count, double *norms);
+bnb_status bnb_cuda_clip_percentile(const bnb_exec *ex, const bnb_clip_tensor *tensors, size_t count, int percentile,
+                                    const double *norms, float *report);
+
+/*
+ * upload.c - a table that the host fills and kernels read
+ *
+ * Host and device memory have the same layout, so `device` + offset is where host + offset arrives.
+ */
+struct bnb_cuda_table {
+    char *host, *device;
+    size_t bytes, tail; /* the tail is workspace behind the table: it is not filled */
+};
+
+/* bytes and tail as they will be; zeroed on the host.  Followed by bnb_cuda_table_close(), also after a failure. */
+bnb_status bnb_cuda_table_open(const struct bnb_cuda_call *c, struct bnb_cuda_table *table, size_t bytes, size_t tail);
+bnb_status bnb_cuda_table_send(const struct bnb_cuda_call *c, const struct bnb_cuda_table *table);
+void bnb_cuda_table_close(const struct bnb_cuda_call *c, struct bnb_cuda_table *table);
+
+#endif

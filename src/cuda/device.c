@@ -1,0 +1,245 @@
+/*
+ * device.c - cards, contexts, modules and launches
+ */
+#include "cuda/device.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cuda/image.h"
+
+/* Dtypes of variants, and one more for images without. */
+enum { VARIANTS = 4, IMAGES = 32 };
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct bnb_cuda_card cards[BNB_CUDA_CARDS];
+static atomic_bool opened[BNB_CUDA_CARDS];
+/* Under the lock.  The first module of an image that has a binary serves all variants. */
+static cu_module modules[BNB_CUDA_CARDS][IMAGES][VARIANTS];
+
+/* ---------------------------------------------------------------- cards */
+
+static bnb_status open_card(struct bnb_cuda_card *card, int ordinal, const char *f)
+{
+    const struct bnb_driver *cu = bnb_cuda_driver(f);
+    cu_device device = 0;
+    int count = 0, major = 0, minor = 0;
+    if (!cu)
+        return BNB_EDEVICE;
+    bnb_status status = bnb_cuda_check(cu, cu->device_count(&count), f, "cuDeviceGetCount");
+    if (!status && ordinal >= count)
+        return bnb_fail(BNB_EINVAL, "%s: ex->ordinal is %d, expected 0..%d", f, ordinal, count - 1);
+    if (!status)
+        status = bnb_cuda_check(cu, cu->device_get(&device, ordinal), f, "cuDeviceGet");
+    if (!status)
+        status =
+            bnb_cuda_check(cu, cu->device_attribute(&major, CU_DEVICE_CC_MAJOR, device), f, "cuDeviceGetAttribute");
+    if (!status)
+        status =
+            bnb_cuda_check(cu, cu->device_attribute(&minor, CU_DEVICE_CC_MINOR, device), f, "cuDeviceGetAttribute");
+    if (!status)
+        status =
+            bnb_cuda_check(cu, cu->device_attribute(&card->sms, CU_DEVICE_SM_COUNT, device), f, "cuDeviceGetAttribute");
+    if (!status)
+        status = bnb_cuda_check(cu, cu->device_attribute(&card->shared_bytes, CU_DEVICE_SHARED_OPTIN, device), f,
+                                "cuDeviceGetAttribute");
+    if (!status)
+        status = bnb_cuda_check(cu, cu->primary_retain(&card->context, device), f, "cuDevicePrimaryCtxRetain");
+    card->cu = cu;
+    card->ordinal = ordinal;
+    card->capability = 10 * major + minor;
+    return status;
+}
+
+static const struct bnb_cuda_card *card_of(int ordinal, const char *f)
+{
+    if (ordinal < 0 || ordinal >= BNB_CUDA_CARDS) {
+        bnb_fail(BNB_EINVAL, "%s: ex->ordinal is %d, expected 0..%d", f, ordinal, BNB_CUDA_CARDS - 1);
+        return NULL;
+    }
+    if (atomic_load_explicit(&opened[ordinal], memory_order_acquire))
+        return &cards[ordinal];
+    struct bnb_cuda_card card = {0};
+    pthread_mutex_lock(&lock);
+    const bnb_status status = open_card(&card, ordinal, f);
+    if (!status && !atomic_load_explicit(&opened[ordinal], memory_order_relaxed)) {
+        cards[ordinal] = card;
+        atomic_store_explicit(&opened[ordinal], true, memory_order_release);
+    }
+    pthread_mutex_unlock(&lock);
+    return status ? NULL : &cards[ordinal];
+}
+
+int bnb_cuda_count(void)
+{
+    const struct bnb_driver *cu = bnb_cuda_driver("device_count");
+    int count = 0;
+    return cu && !bnb_cuda_check(cu, cu->device_count(&count), "device_count", "cuDeviceGetCount") ? count : 0;
+}
+
+/* ---------------------------------------------------------------- calls */
+
+bnb_status bnb_cuda_begin(struct bnb_cuda_call *c, const bnb_exec *ex, const char *function)
+{
+    cu_context current = NULL;
+    *c = (struct bnb_cuda_call){card_of(ex->ordinal, function), ex, function, (cu_stream)ex->stream, false};
+    const struct bnb_driver *cu = c->card ? c->card->cu : NULL;
+    if (!cu)
+        return bnb_last_status();
+    bnb_status status = bnb_cuda_check(cu, cu->context_current(&current), function, "cuCtxGetCurrent");
+    if (!status && current != c->card->context) {
+        status = bnb_cuda_check(cu, cu->context_push(c->card->context), function, "cuCtxPushCurrent");
+        c->pushed = !status;
+    }
+    return status;
+}
+
+void bnb_cuda_end(const struct bnb_cuda_call *c)
+{
+    cu_context popped;
+    if (c->pushed)
+        c->card->cu->context_pop(&popped);
+}
+
+bnb_status bnb_cuda_alloc(const struct bnb_cuda_call *c, size_t bytes, void **memory)
+{
+    *memory = c->ex->alloc ? c->ex->alloc(c->ex->context, bytes) : NULL;
+    if (*memory)
+        return BNB_OK;
+    return bnb_fail(BNB_ENOMEM, "%s: CUDA out of memory. %zu bytes of workspace%s", c->function, bytes,
+                    c->ex->alloc ? "" : "; ex->alloc is NULL");
+}
+
+void bnb_cuda_free(const struct bnb_cuda_call *c, void *memory, size_t bytes)
+{
+    if (memory && c->ex->free)
+        c->ex->free(c->ex->context, memory, bytes);
+}
+
+/* ---------------------------------------------------------------- kernels */
+
+static bnb_status compile_module(const struct bnb_cuda_call *c, const struct bnb_cuda_image *image, int dtype,
+                                 cu_module *module)
+{
+    void *cubin = NULL;
+    bnb_status status = bnb_cuda_compile(image, dtype, c->card->capability, c->function, &cubin);
+    if (!status)
+        status = bnb_cuda_check(c->card->cu, c->card->cu->module_load(module, cubin), c->function, "cuModuleLoadData");
+    free(cubin);
+    return status;
+}
+
+static bool jit_wanted(void)
+{
+    const char *jit = getenv("BNB_CUDA_JIT");
+    return jit && jit[0] == '1' && jit[1] == '\0';
+}
+
+/* The image's binary, or, where it has nothing for this card and driver, its text. */
+static bnb_status load_module(const struct bnb_cuda_call *c, const struct bnb_cuda_image *image, int dtype,
+                              cu_module loaded[VARIANTS])
+{
+    if (image->binary.size > 0 && !jit_wanted()) {
+        const cu_result result = c->card->cu->module_load(&loaded[0], image->binary.data);
+        for (int v = 1; v < VARIANTS && result == 0; v++)
+            loaded[v] = loaded[0];
+        if (result != CU_ERROR_NO_BINARY && result != CU_ERROR_UNSUPPORTED_PTX && result != CU_ERROR_INVALID_PTX)
+            return bnb_cuda_check(c->card->cu, result, c->function, "cuModuleLoadData");
+    }
+    return compile_module(c, image, dtype, &loaded[dtype + 1]);
+}
+
+static bnb_status load_kernel(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, cu_function *function)
+{
+    const struct bnb_driver *cu = c->card->cu;
+    const struct bnb_cuda_image *image = bnb_cuda_image_find(kernel->image);
+    int ignored = 0, mode = CU_CAPTURE_RELAXED; /* loading is no work of the stream: allow it while that is captured */
+    if (!image)
+        return bnb_fail(BNB_EDEVICE, "%s: this build has no device code %s", c->function, kernel->image);
+    cu_module *slot = modules[c->card->ordinal][image - bnb_cuda_images];
+    cu->capture_mode(&mode);
+    bnb_status status = slot[kernel->dtype + 1] ? BNB_OK : load_module(c, image, kernel->dtype, slot);
+    if (!status)
+        status = bnb_cuda_check(cu, cu->module_function(function, slot[kernel->dtype + 1], kernel->name), c->function,
+                                kernel->name);
+    if (!status) /* the driver may load lazily: now, not at a launch that is captured */
+        status = bnb_cuda_check(cu, cu->function_attribute(&ignored, CU_FUNCTION_LOCAL_BYTES, *function), c->function,
+                                "cuFuncGetAttribute");
+    cu->capture_mode(&mode);
+    return status;
+}
+
+static bnb_status kernel_on(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, cu_function *function)
+{
+    atomic_uintptr_t *loaded = &kernel->on[c->card->ordinal].function;
+    *function = (cu_function)atomic_load_explicit(loaded, memory_order_acquire);
+    if (*function)
+        return BNB_OK;
+    int per_sm = 0;
+    pthread_mutex_lock(&lock);
+    bnb_status status = load_kernel(c, kernel, function);
+    if (!status)
+        status = bnb_cuda_check(c->card->cu, c->card->cu->occupancy(&per_sm, *function, kernel->threads, 0),
+                                c->function, "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+    if (!status) {
+        kernel->on[c->card->ordinal].resident = per_sm > 0 ? per_sm * c->card->sms : c->card->sms;
+        atomic_store_explicit(loaded, (uintptr_t)*function, memory_order_release);
+    }
+    pthread_mutex_unlock(&lock);
+    return status;
+}
+
+static bnb_status launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid, bool over,
+                         const void *arguments)
+{
+    cu_function function = NULL;
+    const bnb_status status = kernel_on(c, kernel, &function);
+    if (status)
+        return status;
+    const int64_t resident = kernel->on[c->card->ordinal].resident;
+    void *parameters[] = {(void *)(uintptr_t)arguments};
+    return bnb_cuda_check(c->card->cu,
+                          c->card->cu->launch(function, (unsigned)(over && grid > resident ? resident : grid), 1, 1,
+                                              (unsigned)kernel->threads, 1, 1, 0, c->stream, parameters, NULL),
+                          c->function, kernel->name);
+}
+
+bnb_status bnb_cuda_launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
+                           const void *arguments)
+{
+    return launch(c, kernel, grid, false, arguments);
+}
+
+bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t work,
+                                const void *arguments)
+{
+    return launch(c, kernel, work, true, arguments);
+}
+
+bnb_status bnb_cuda_describe(int ordinal, char *text, size_t size)
+{
+    const char *f = "describe";
+    const struct bnb_cuda_card *card = card_of(ordinal, f);
+    if (!card)
+        return bnb_last_status();
+    const bnb_exec ex = {.size = sizeof ex, .device = BNB_CUDA, .ordinal = ordinal};
+    struct bnb_cuda_call c;
+    bnb_status status = bnb_cuda_begin(&c, &ex, f);
+    if (status)
+        return status;
+    cu_module module = NULL;
+    cu_result result = CU_ERROR_NO_BINARY;
+    if (bnb_cuda_images[0].binary.size > 0 && !jit_wanted())
+        result = card->cu->module_load(&module, bnb_cuda_images[0].binary.data);
+    if (result == 0)
+        snprintf(text, size, "compute capability %d.%d: compiled code", card->capability / 10, card->capability % 10);
+    else
+        snprintf(text, size, "compute capability %d.%d: compiled on first use by %s", card->capability / 10,
+                 card->capability % 10, bnb_cuda_compiler());
+    if (module)
+        card->cu->module_unload(module);
+    bnb_cuda_end(&c);
+    return BNB_OK;
+}

@@ -1,0 +1,82 @@
+/*
+ * device.h - the cards, their kernels, and the frame of a call: context in, launches, context out
+ *
+ * A call names its card by ordinal; the card's primary context, the one that torch uses, is made current for the length
+ * of the call if it is not already.  A kernel is loaded when first launched, once per card; later launches take no lock.
+ */
+#ifndef BNB_CUDA_DEVICE_H
+#define BNB_CUDA_DEVICE_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+#include "cuda/driver.h"
+
+/* Cards beyond this are refused. */
+enum { BNB_CUDA_CARDS = 64 };
+
+struct bnb_cuda_card {
+    const struct bnb_driver *cu;
+    int ordinal;
+    cu_context context;
+    int capability; /* 90 for compute capability 9.0 */
+    int sms;
+    int shared_bytes; /* the most that a kernel can have */
+};
+
+/* One kernel of one image, in static storage. */
+struct bnb_cuda_kernel {
+    const char *image; /* the file of cuda/kernels/ without its ending           */
+    const char *name;  /* as the device code exports it                          */
+    int dtype;         /* the variant's bnb_dtype, or -1 where there is only one */
+    int threads;       /* of a block */
+    struct {
+        atomic_uintptr_t function; /* its cu_function; 0: not loaded yet */
+        int resident;              /* blocks that the card holds at once */
+    } on[BNB_CUDA_CARDS];
+};
+
+/* The three variants of a kernel, by bnb_dtype: an initialiser of struct bnb_cuda_kernel [3]. */
+#define BNB_CUDA_VARIANTS(file, prefix, count)                                          \
+    {                                                                                   \
+        {.image = file, .name = prefix "_f32", .dtype = BNB_F32, .threads = count},     \
+            {.image = file, .name = prefix "_f16", .dtype = BNB_F16, .threads = count}, \
+        {                                                                               \
+            .image = file, .name = prefix "_bf16", .dtype = BNB_BF16, .threads = count  \
+        }                                                                               \
+    }
+
+/* A call in progress. */
+struct bnb_cuda_call {
+    const struct bnb_cuda_card *card;
+    const bnb_exec *ex;
+    const char *function; /* the public name, for messages */
+    cu_stream stream;
+    bool pushed;
+};
+
+/* Every success is followed by bnb_cuda_end(), whatever happens between. */
+bnb_status bnb_cuda_begin(struct bnb_cuda_call *c, const bnb_exec *ex, const char *function);
+void bnb_cuda_end(const struct bnb_cuda_call *c);
+
+/* `grid` blocks of threads; `arguments` points to the kernel's one argument, a struct.  grid >= 1. */
+bnb_status bnb_cuda_launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
+                           const void *arguments);
+
+/* The same for a kernel whose blocks walk over the work: one for each of `work` pieces, but no more than run at once. */
+bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t work,
+                                const void *arguments);
+
+/* Workspace of the caller's allocator.  BNB_ENOMEM; freed in stream order by the second. */
+bnb_status bnb_cuda_alloc(const struct bnb_cuda_call *c, size_t bytes, void **memory);
+void bnb_cuda_free(const struct bnb_cuda_call *c, void *memory, size_t bytes);
+
+/* ---- what can be learned without a launch: for `python -m bitsandbytes` and tests */
+
+/* The number of cards, 0 after bnb_fail(). */
+int bnb_cuda_count(void);
+
+/* Where the kernels of a card come from: "sm_90a image", "NVRTC 13.0", ... or why there are none.  text [size]. */
+bnb_status bnb_cuda_describe(int ordinal, char *text, size_t size);
+
+#endif

@@ -1,0 +1,148 @@
+/*
+ * launch_args.h - what a kernel is told beyond the argument blocks of core/args.h
+ *
+ * A kernel takes one struct by value.  `vector` says that every buffer is aligned for the widest access that the kernel
+ * makes; without it, elements are moved one by one.
+ */
+#ifndef BNB_CUDA_LAUNCH_ARGS_H
+#define BNB_CUDA_LAUNCH_ARGS_H
+
+#include "core/args.h"
+#include "core/optim_plan.h"
+
+/* block == 1 << shift, 32..4096. */
+struct bnb_cuda_quant4 {
+    struct bnb_quant4_args a;
+    int shift, vector;
+};
+
+struct bnb_cuda_dequant4 {
+    struct bnb_dequant4_args a;
+    int type, shift, vector; /* a.code is the host's: the type says which values */
+};
+
+/* shift: of a block that is a power of two, 32..4096; the kernel for any block reads `lanes`, threads that share one. */
+struct bnb_cuda_quant8 {
+    struct bnb_quant8_args a;
+    int shift, vector, lanes;
+};
+
+struct bnb_cuda_dequant8 {
+    struct bnb_dequant8_args a;
+    int shift, vector; /* shift of a block that is a power of two, 8 or more; not read by the kernel for any */
+};
+
+/* One level of the sum of NUMERICS rule 9: the runs of 1024 values of x (f32) or of partial (double). */
+struct bnb_cuda_sum {
+    const float *x;
+    const double *partial;
+    double *sums; /* [ceil(n / 1024)] */
+    int64_t n;
+};
+
+/* mean: total / n rounded once, to `offset`; centred[i] = x[i] - offset */
+struct bnb_cuda_centre {
+    const float *x;
+    const double *total;
+    float *offset, *centred;
+    int64_t n;
+};
+
+/* out [n]: scales as f32 */
+struct bnb_cuda_expand {
+    struct bnb_scale_args scale;
+    float *out;
+    int64_t n;
+};
+
+/* ---- optimizers: tables that a call writes into workspace */
+
+/* The elements that a block of threads takes at a time: eight blocks of state, one for each warp. */
+enum { BNB_CUDA_CHUNK = 2048 };
+
+/* One tensor of a step.  Of ademamix, the third average lies behind the first. */
+struct bnb_cuda_tensor {
+    void *p;
+    const void *g;
+    void *state1, *state2;
+    float *absmax1, *absmax2;
+    int64_t n;
+    int64_t first; /* its first chunk, or run where norms are measured, among those of all tensors */
+    uint64_t key;  /* of stochastic rounding */
+    int plan;      /* index of its scalars */
+    int dtype, bits, vector;
+};
+
+struct bnb_cuda_optim {
+    const struct bnb_cuda_tensor *tensors;
+    const struct bnb_optim_plan *plans;
+    const float *map1, *map2; /* NULL without 8-bit state */
+    double *partial;          /* norms: [runs][2] */
+    int64_t chunks;           /* norms: runs */
+    int count, stochastic;
+};
+
+/* Where the host cannot know an update's scalars: what they follow from, on the device. */
+struct bnb_cuda_origin {
+    float *step_count; /* NULL: step */
+    const float *gnorm_scale;
+    float *unorm;
+    uint64_t seed;
+    int64_t step;
+};
+
+struct bnb_cuda_planner {
+    struct bnb_optim_recipe recipe;
+    const struct bnb_cuda_origin *origins;
+    struct bnb_cuda_tensor *tensors; /* plan i is tensor i's; the keys are written */
+    struct bnb_optim_plan *plans;
+    const float *lr_value; /* NULL: lr */
+    const double *norms;   /* NULL: no trust clipping */
+    double lr;
+    int count, advance; /* advance: step counts go on, unorm is written */
+};
+
+struct bnb_cuda_gradient {
+    const void *g;
+    int64_t n, first;
+    int dtype;
+};
+
+/* The runs of gradients to sums of squares; and the sums of runs to those of tensors, `width` of two apart. */
+struct bnb_cuda_squares {
+    const struct bnb_cuda_gradient *gradients;
+    double *partial;
+    int64_t runs;
+    int count;
+};
+
+struct bnb_cuda_total {
+    const double *partial;
+    const int64_t *first; /* [count + 1] */
+    double *norms;
+    int count, width;
+};
+
+struct bnb_cuda_history {
+    float *history;
+    const float *step_count; /* NULL: step */
+    int64_t step;
+};
+
+struct bnb_cuda_clip {
+    const struct bnb_cuda_history *tensors;
+    const double *norms;
+    float *report;
+    int count, percentile;
+};
+
+/* Words that a launch carries to the device in its arguments. */
+enum { BNB_CUDA_CARRIED = 3840 };
+
+struct bnb_cuda_carry {
+    void *to;
+    int words;
+    unsigned word[BNB_CUDA_CARRIED / 4];
+};
+
+#endif
