@@ -274,7 +274,10 @@ def test_load_in_4bit_save_and_reload(name, nested, enabled, tmp_path):
         assert torch.equal(run(model)[0], logits)
     model = model.dequantize(torch.bfloat16)
     assert set(model.state_dict()) == set(make(name).state_dict())
-    assert torch.allclose(run(model)[0], logits, atol=0.05)
+    for key, value in model.state_dict().items():
+        if ".experts." in key and "bias" not in key:  # in `plain`, reading the attribute decodes it
+            path, attribute = key.rsplit(".", 1)
+            assert torch.equal(value, getattr(plain.get_submodule(path), attribute)), key
 
 
 def test_load_in_4bit_honours_the_skip_list_and_can_be_disabled(enabled, tmp_path):
