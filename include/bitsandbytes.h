@@ -104,6 +104,11 @@ BNB_API const char *bnb_cpu_isa(void);
  * know, and every address if no CUDA driver is loaded, is the CPU's (ordinal 0).  BNB_EINVAL if an argument is NULL. */
 BNB_API bnb_status bnb_pointer_device(const void *ptr, bnb_device *device, int *ordinal);
 
+/* Which code would run on a CUDA device, or why none: "machine code of 9.0", "source, compiled on first use by NVRTC 13.0
+ * for sm_90 (...)".  Writes at most `size` bytes to text, closed by a zero byte; launches nothing.  BNB_EINVAL, and
+ * BNB_EDEVICE with the reason where there is no CUDA driver or no such device. */
+BNB_API bnb_status bnb_cuda_card_text(int ordinal, char *text, size_t size);
+
 /* ---------------------------------------------------------------- codebooks */
 
 /*
@@ -249,6 +254,8 @@ typedef struct bnb_gemm4_args {
     bool exact;      /* multiply in f32 throughout.  Else few rows of a 16-bit dtype may be multiplied as 16-bit
                         integers, relative error below 1e-4: a twentieth of bf16's own rounding; runs of 64
                         activations all below 2^-96 then count as zero                                   */
+    const float *values; /* NULL, or the 16 values of the codes, on ex's device: type is not read then.  On the CPU
+                            they must be those of NF4 or FP4; on CUDA they may be any, and are not looked at     */
 } bnb_gemm4_args;
 
 /*
@@ -300,6 +307,8 @@ BNB_API bnb_status bnb_matmul8(const bnb_exec *ex, const int8_t *a, const int8_t
  *   product       [m, n]          a b^T, if it is known already; else NULL
  *   bias          [n] of bias_dtype (f32, f16 or bf16), or NULL
  *   x, columns    [m, k] of `dtype`, [outliers] ascending: the outlier columns and the values they had, or NULL, NULL, 0
+ *   outlier       [k] flags of the outlier columns, as bnb_quantize_rows() wrote them, or NULL: instead of columns and
+ *                 outliers, where the host does not know how many there are; x is given
  *   out           [m, n] of `dtype`
  */
 typedef struct bnb_gemm8_args {
@@ -317,6 +326,7 @@ typedef struct bnb_gemm8_args {
     int64_t m, n, k;
     bnb_dtype dtype;
     bnb_dtype bias_dtype;
+    const uint8_t *outlier;
 } bnb_gemm8_args;
 
 /*
@@ -324,6 +334,10 @@ typedef struct bnb_gemm8_args {
  * The integer part is exact; scales, bias and outliers are f32; the result is rounded once.  LLM.int8(), section 3.2.
  */
 BNB_API bnb_status bnb_gemm8(const bnb_exec *ex, const bnb_gemm8_args *args);
+
+/* bnb_gather_columns() - out [x->rows, count] of x's dtype = x[:, columns]; every column is in 0..x->cols - 1, unchecked */
+BNB_API bnb_status bnb_gather_columns(const bnb_exec *ex, const bnb_matrix *x, const int64_t *columns, int64_t count,
+                                      void *out);
 
 /* bnb_gemm8_grad() - out [m, k] = x [m, n] W: the gradient of the input.  Uses x, b, col_stats, out, m, n, k, dtype. */
 BNB_API bnb_status bnb_gemm8_grad(const bnb_exec *ex, const bnb_gemm8_args *args);

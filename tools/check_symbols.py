@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elf import exported_symbols
 
-TORCH_ENTRY = {"bnb_torch_register"}
+TORCH_ENTRY = {"bnb_torch_register", "bnb_torch_forget"}
 
 
 def declared(header):

@@ -100,10 +100,12 @@ int main(void)
     print_form(bnb_map_signed.form);
     printf("};\n\nenum { BNB_ZERO_UNSIGNED = %d, BNB_ZERO_SIGNED = %d };\n\n", bnb_map_unsigned.zero,
            bnb_map_signed.zero);
-    unsigned order = 0;
+    unsigned order[2] = {0, 0};
     for (int k = 0; k < 8; k++)
-        order |= bnb_fp4_order[k] << 4 * k;
-    printf("/* FP4: the code of each count of thresholds, in nibbles. */\n#define BNB_FP4_ORDER 0x%08xu\n\n", order);
+        order[k / 4] |= bnb_fp4_order[k] << 8 * (k % 4);
+    printf("/* FP4: the code of each count of thresholds, a byte each; that of none is 0. */\n"
+           "#define BNB_FP4_ORDER_LOW 0x%08xu\n#define BNB_FP4_ORDER_HIGH 0x%08xu\n\n",
+           order[0], order[1]);
     printf("/* FP4 and NF4: thresholds in bins, and values.  Indexed by bnb_type4 - 1. */\n"
            "__device__ const struct bnb_bin4 bnb_bins[2][33] = {\n");
     print_bins(bnb_fp4_threshold, 7, 0.0f);

@@ -5,6 +5,7 @@ serves.  Exit status 0 after "SUCCESS!", 1 after a line that says what failed an
 """
 
 import ctypes
+import itertools
 import platform
 import sys
 from importlib import metadata
@@ -56,14 +57,16 @@ def print_report() -> None:
     for i in range(count):
         major, minor = torch.cuda.get_device_capability(i)
         _line(f"GPU {i}", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
+        _line("  CUDA kernels", cextension.card_text(i))
     if not count:
         _line("GPU", "none found by PyTorch")
+        _line("  CUDA kernels", cextension.card_text(0))
 
 
-def _check_round_trip() -> None:
+def _check_round_trip(device: str) -> None:
     """Quantise random values and restore them; RuntimeError if one is further off than its map allows."""
     F = bnb.functional
-    x = torch.randn(257, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(257, 64, generator=torch.Generator().manual_seed(0)).to(device)
     scale = x.abs().amax(dim=1, keepdim=True)
     forms = (
         ("8-bit", F.quantize_blockwise, F.dequantize_blockwise),
@@ -79,11 +82,11 @@ def _check_round_trip() -> None:
             raise RuntimeError(f"{name}: a value is off by {error:.4f} of its block's maximum, expected <= {bound:.4f}")
 
 
-def _check_training() -> None:
+def _check_training(device: str) -> None:
     """A few steps of AdamW8bit on a small regression; RuntimeError unless the loss falls by a quarter."""
     generator = torch.Generator().manual_seed(0)
-    x, target = (torch.randn(128, 64, generator=generator) for _ in range(2))
-    weight = torch.nn.Parameter(torch.zeros(64, 64))
+    x, target = (torch.randn(128, 64, generator=generator).to(device) for _ in range(2))
+    weight = torch.nn.Parameter(torch.zeros(64, 64, device=device))
     optimizer = bnb.optim.AdamW8bit([weight], lr=3e-2, min_8bit_size=0)
     losses = []
     for _ in range(20):
@@ -102,9 +105,12 @@ def main() -> int:
     """Print the report and run the checks. Returns the exit status."""
     print_report()
     print("=" * _WIDTH)
-    for name, check in (("quantisation", _check_round_trip), ("training", _check_training)):
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    checks = (("quantisation", _check_round_trip), ("training", _check_training))
+    for device, (check_name, check) in itertools.product(["cpu", *(f"cuda:{i}" for i in range(cards))], checks):
+        name = check_name if device == "cpu" else f"{check_name} on {device}"
         try:
-            check()
+            check(device)
         except Exception as error:  # the report must name whatever happened
             print(f"Check of {name}: FAILED\n{type(error).__name__}: {error}")
             print("The installation does not work. If the text above gives no remedy, reinstall the package, and")

@@ -53,13 +53,16 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
         raise own from None
 
 
-def _operator(schema: str, *, autograd: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _operator(
+    schema: str, *, autograd: bool = True, traceable: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define an operator; the decorated function becomes its fake.
 
     autograd=False: no stop at the Autograd key, for operators that nobody differentiates and that run per step.
+    traceable=False: the operator has no place in a graph, because it touches more than its arguments.
     """
     name = schema[: schema.index("(")]
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,) if traceable else ())
     if not autograd:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
@@ -313,6 +316,27 @@ def _(name, p, g, state1, *rest):
 def _(name, p, g, state1, *rest):
     _check_group("_optimizer_norms", p, g, state1)
     return _on_device_of(p, (len(p), 2), torch.float64)
+
+
+# The table holds all but p and g of a step, out of the dispatcher's sight: both are for eager mode alone, and the fakes
+# say that there is no table.  optim/calls.py has the ways to use them; bnb_torch_forget() ends a table.
+@_operator(
+    "_optimizer_table(str name, Tensor[] p, Tensor[] g, Tensor[] state1, Tensor[] state2, Tensor[] absmax1, "
+    f"Tensor[] absmax2, Tensor[] qmaps, Tensor[] steps, Tensor[] unorm, {_GROUP}) -> int",
+    autograd=False,
+    traceable=False,
+)
+def _(*args):
+    return 0
+
+
+@_operator(
+    f"_optimizer_run(int table, Tensor(a!)[] p, Tensor[] g, {_GROUP}) -> bool",
+    autograd=False,
+    traceable=False,
+)
+def _(*args):
+    return False
 
 
 @_operator("_gradient_norms(Tensor[] g) -> Tensor", autograd=False)

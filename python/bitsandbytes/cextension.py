@@ -51,10 +51,9 @@ class _Library:
     raises RuntimeError.
     """
 
-    compiled_with_cuda = False
-
     def __init__(self, handle: ctypes.CDLL | None) -> None:
         self._handle = handle
+        self.compiled_with_cuda = handle is not None and hasattr(handle, "bnb_cuda_card_text")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -127,6 +126,16 @@ def last_detail() -> str:
 def library_version() -> str:
     """The version of the loaded library (str). RuntimeError when there is none."""
     return lib.bnb_version().decode()
+
+
+def card_text(ordinal: int) -> str:
+    """Which code would run on that CUDA device, or why none (str). Never fails."""
+    text = ctypes.create_string_buffer(512)
+    try:
+        status = lib.bnb_cuda_card_text(ctypes.c_int(ordinal), text, ctypes.c_size_t(len(text)))
+    except RuntimeError as error:  # no library
+        return str(error)
+    return last_detail().partition(": ")[2] if status else text.value.decode(errors="replace")
 
 
 def register_operators() -> None:

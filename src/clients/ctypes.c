@@ -35,6 +35,8 @@ static int gemm4(const bnb_gemm4_args *sizes, const float *absmax, const float *
     bnb_status status = exec_of(args.out, stream, &ex);
     if (!status && ex.device == BNB_CPU)
         status = bnb_find_4bit_map(code, &args.type);
+    else
+        args.values = code; /* memory of the device, which is not waited for */
     args.size = sizeof args;
     args.scales = &scales;
     return status ? (int)status : (int)bnb_gemm4(&ex, &args);

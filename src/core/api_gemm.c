@@ -35,7 +35,8 @@ static bnb_status check_gemm4(const char *f, const bnb_gemm4_args *g, struct bnb
     BNB_CHECK(bnb_core_check_float(f, g->dtype));
     BNB_CHECK(check_sizes(f, g->m, g->n, g->k));
     BNB_CHECK(bnb_core_check_block4(f, g->block));
-    BNB_CHECK(bnb_core_check_type4(f, g->type));
+    if (!g->values)
+        BNB_CHECK(bnb_core_check_type4(f, g->type));
     if (grad && g->bias)
         return bnb_fail(BNB_EINVAL, "%s: bias is given, expected NULL: it has no part in the gradient of the input", f);
     *b = (struct bnb_gemm4_block){.x = g->x,
@@ -46,7 +47,7 @@ static bnb_status check_gemm4(const char *f, const bnb_gemm4_args *g, struct bnb
                                   .n = g->n,
                                   .k = g->k,
                                   .block = g->block,
-                                  .code = bnb_map4(g->type),
+                                  .code = g->values ? NULL : bnb_map4(g->type),
                                   .grad = grad,
                                   .exact = g->exact || g->dtype == BNB_F32};
     const int64_t inner = grad ? g->n : g->k, outer = grad ? g->k : g->n;
@@ -60,6 +61,20 @@ static bnb_status check_gemm4(const char *f, const bnb_gemm4_args *g, struct bnb
     return bnb_core_check_scales(f, g->scales, &b->scale);
 }
 
+/* The values of the codes, where a caller gives them: on the CPU as the type that they are of. */
+static bnb_status set_values(const char *f, const bnb_exec *ex, const float *values, struct bnb_gemm4_block *b)
+{
+    bnb_type4 type = BNB_NF4;
+    if (ex && ex->device != BNB_CPU) {
+        b->code = values;
+        return BNB_OK;
+    }
+    if (bnb_find_4bit_map(values, &type))
+        return bnb_fail(BNB_ENOTSUP, "%s: values are not those of a 4-bit type, expected those of NF4 or FP4", f);
+    b->code = bnb_map4(type);
+    return BNB_OK;
+}
+
 static bnb_status run_gemm4(const bnb_exec *ex, const bnb_gemm4_args *g, bool grad)
 {
     const char *f = grad ? "gemm4_grad" : "gemm4";
@@ -68,6 +83,8 @@ static bnb_status run_gemm4(const bnb_exec *ex, const bnb_gemm4_args *g, bool gr
     if (!device)
         return bnb_last_status();
     BNB_CHECK(check_gemm4(f, g, &b, grad));
+    if (g->values)
+        BNB_CHECK(set_values(f, ex, g->values, &b));
     if (g->m == 0 || (grad ? g->k : g->n) == 0)
         return BNB_OK;
     BNB_CHECK(bnb_core_check_member(f, device->gemm4 != NULL));
@@ -208,6 +225,9 @@ bnb_status bnb_gemm8(const bnb_exec *ex, const bnb_gemm8_args *g)
     if (g->outliers < 0 || g->outliers > g->k)
         return bnb_fail(BNB_EINVAL, "%s: outliers is %lld, expected 0..k = %lld", f, (long long)g->outliers,
                         (long long)g->k);
+    if (g->outlier && g->outliers > 0)
+        return bnb_fail(BNB_EINVAL, "%s: outliers is %lld, expected 0 where the flags `outlier` are given", f,
+                        (long long)g->outliers);
     if (g->bias && g->bias_dtype != BNB_F32 && g->bias_dtype != BNB_F16 && g->bias_dtype != BNB_BF16)
         return bnb_fail(BNB_EDTYPE, "%s: bias_dtype is %d, expected f32, f16 or bf16", f, (int)g->bias_dtype);
     if (g->m == 0 || g->n == 0)
@@ -224,6 +244,10 @@ bnb_status bnb_gemm8(const bnb_exec *ex, const bnb_gemm8_args *g)
         BNB_CHECK(bnb_core_check_ptr(f, "b", g->b));
         BNB_CHECK(bnb_core_check_ptr(f, "columns", g->columns));
     }
+    if (g->outlier && g->k > 0) {
+        BNB_CHECK(bnb_core_check_ptr(f, "x", g->x));
+        BNB_CHECK(bnb_core_check_ptr(f, "b", g->b));
+    }
     const struct bnb_gemm8_block b = {.a = g->a,
                                       .b = g->b,
                                       .product = g->product,
@@ -234,6 +258,7 @@ bnb_status bnb_gemm8(const bnb_exec *ex, const bnb_gemm8_args *g)
                                       .x = g->x,
                                       .columns = g->columns,
                                       .outliers = g->outliers,
+                                      .outlier = g->outlier,
                                       .out = g->out,
                                       .m = g->m,
                                       .n = g->n,
@@ -261,4 +286,24 @@ bnb_status bnb_gemm8_grad(const bnb_exec *ex, const bnb_gemm8_args *g)
         .b = g->b, .col_stats = g->col_stats, .x = g->x, .out = g->out, .m = g->m, .n = g->n, .k = g->k, .grad = 1};
     BNB_CHECK(bnb_core_check_member(f, device->gemm8 != NULL));
     return device->gemm8(ex, &b, g->dtype);
+}
+
+bnb_status bnb_gather_columns(const bnb_exec *ex, const bnb_matrix *x, const int64_t *columns, int64_t count, void *out)
+{
+    const char *f = "gather_columns";
+    const struct bnb_device_ops *device = bnb_device_of(ex, f);
+    if (!device)
+        return bnb_last_status();
+    BNB_CHECK(bnb_core_check_ptr(f, "x", x));
+    BNB_CHECK(check_matrix(f, x->dtype, x->rows, x->cols, 0.0));
+    if (count < 0 || count > x->cols)
+        return bnb_fail(BNB_EINVAL, "%s: count is %lld, expected 0..x->cols = %lld", f, (long long)count,
+                        (long long)x->cols);
+    if (x->rows == 0 || count == 0)
+        return BNB_OK;
+    BNB_CHECK(bnb_core_check_ptr(f, "x->data", x->data));
+    BNB_CHECK(bnb_core_check_ptr(f, "columns", columns));
+    BNB_CHECK(bnb_core_check_ptr(f, "out", out));
+    BNB_CHECK(bnb_core_check_member(f, device->gather_columns != NULL));
+    return device->gather_columns(ex, x, columns, count, out);
 }

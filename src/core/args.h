@@ -115,7 +115,7 @@ struct bnb_gemm4_block {
     const void *bias;
     void *out;
     int64_t m, n, k, block;
-    const float *code; /* [16] */
+    const float *code; /* [16], bnb_map4() of a type, else memory of the device */
     struct bnb_scale_args scale;
     int grad;
     int exact;
@@ -148,6 +148,7 @@ struct bnb_gemm8_block {
     const void *x;
     const int64_t *columns;
     int64_t outliers;
+    const uint8_t *outlier; /* [k] flags, or NULL: instead of columns and outliers */
     void *out;
     int64_t m, n, k;
     int grad;

@@ -36,6 +36,9 @@ struct bnb_device_ops {
     bnb_status (*gemm8)(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype);
     bnb_status (*quantize_rows)(const bnb_exec *ex, const struct bnb_rows_args *a, bnb_dtype dtype);
     bnb_status (*dequantize_rows)(const bnb_exec *ex, const struct bnb_derows_args *a, bnb_dtype dtype);
+    /* out [rows, count] = x[:, columns]; columns are below x->cols, and count > 0 */
+    bnb_status (*gather_columns)(const bnb_exec *ex, const bnb_matrix *x, const int64_t *columns, int64_t count,
+                                 void *out);
     bnb_status (*optim_step)(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
                              size_t count);
     bnb_status (*optim_norms)(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,

@@ -111,6 +111,7 @@ const struct bnb_device_ops bnb_cpu_device = {
     .gemm8 = bnb_cpu_gemm8,
     .quantize_rows = bnb_cpu_quantize_rows,
     .dequantize_rows = bnb_cpu_dequantize_rows,
+    .gather_columns = bnb_cpu_gather_columns,
     .optim_step = bnb_cpu_optim_step,
     .optim_norms = bnb_cpu_optim_norms,
     .gradient_norms = bnb_cpu_gradient_norms,

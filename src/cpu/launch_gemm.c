@@ -264,10 +264,32 @@ static bnb_status forward8(const bnb_exec *ex, const struct bnb_gemm8_block *g, 
     return status;
 }
 
+/* The same with the flagged columns as a list. */
+static bnb_status forward8_flagged(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype)
+{
+    struct bnb_gemm8_block listed = *g;
+    listed.outlier = NULL;
+    for (int64_t i = 0; i < g->k; i++)
+        listed.outliers += g->outlier[i] != 0;
+    if (listed.outliers == 0)
+        return forward8(ex, &listed, dtype);
+    const size_t bytes = (size_t)listed.outliers * sizeof(int64_t);
+    int64_t *columns = bnb_cpu_alloc(ex, bytes), count = 0;
+    if (!columns)
+        return bnb_fail(BNB_ENOMEM, "gemm8: no %zu bytes of workspace", bytes);
+    for (int64_t i = 0; i < g->k; i++)
+        if (g->outlier[i])
+            columns[count++] = i;
+    listed.columns = columns;
+    const bnb_status status = forward8(ex, &listed, dtype);
+    bnb_cpu_free(ex, columns, bytes);
+    return status;
+}
+
 bnb_status bnb_cpu_gemm8(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype)
 {
     if (!g->grad)
-        return forward8(ex, g, dtype);
+        return g->outlier ? forward8_flagged(ex, g, dtype) : forward8(ex, g, dtype);
     const struct bnb_cpu_ops *ops = bnb_cpu_ops_in_use();
     struct operands o;
     const bnb_status status =

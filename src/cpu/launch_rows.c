@@ -95,3 +95,15 @@ bnb_status bnb_cpu_dequantize_rows(const bnb_exec *ex, const struct bnb_derows_a
     bnb_cpu_parallel(ex, a->rows, BNB_GRAIN / (a->cols < BNB_GRAIN ? a->cols + 1 : BNB_GRAIN), run_dequant_rows, &t);
     return BNB_OK;
 }
+
+bnb_status bnb_cpu_gather_columns(const bnb_exec *ex, const bnb_matrix *x, const int64_t *columns, int64_t count,
+                                  void *out)
+{
+    const size_t size = bnb_dtype_size(x->dtype);
+    (void)ex;
+    for (int64_t i = 0; i < x->rows; i++)
+        for (int64_t j = 0; j < count; j++)
+            memcpy((char *)out + (size_t)(i * count + j) * size,
+                   (const char *)x->data + (size_t)(i * x->cols + columns[j]) * size, size);
+    return BNB_OK;
+}

@@ -19,6 +19,18 @@ bnb_status bnb_cuda_quantize_scales(const bnb_exec *ex, const float *absmax, flo
                                     const struct bnb_quant8_args *a);
 bnb_status bnb_cuda_expand_scales(const bnb_exec *ex, const struct bnb_scale_args *a, int64_t n, float *out);
 
+/* launch_quantile.c */
+bnb_status bnb_cuda_select(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, const int64_t *rank,
+                           int count, float *out);
+
+/* launch_gemm.c, launch_rows.c */
+bnb_status bnb_cuda_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, bnb_dtype dtype);
+bnb_status bnb_cuda_gemm8(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype);
+bnb_status bnb_cuda_quantize_rows(const bnb_exec *ex, const struct bnb_rows_args *a, bnb_dtype dtype);
+bnb_status bnb_cuda_dequantize_rows(const bnb_exec *ex, const struct bnb_derows_args *a, bnb_dtype dtype);
+bnb_status bnb_cuda_gather_columns(const bnb_exec *ex, const bnb_matrix *x, const int64_t *columns, int64_t count,
+                                   void *out);
+
 /* launch_optim.c, launch_norms.c */
 bnb_status bnb_cuda_optim_step(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,
                                size_t count);

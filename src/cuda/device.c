@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "cuda/image.h"
+#include "cuda/nvrtc.h"
 
 /* Dtypes of variants, and one more for images without. */
 enum { VARIANTS = 4, IMAGES = 32 };
@@ -167,6 +168,9 @@ static bnb_status load_kernel(const struct bnb_cuda_call *c, struct bnb_cuda_ker
     if (!status) /* the driver may load lazily: now, not at a launch that is captured */
         status = bnb_cuda_check(cu, cu->function_attribute(&ignored, CU_FUNCTION_LOCAL_BYTES, *function), c->function,
                                 "cuFuncGetAttribute");
+    if (!status && kernel->shared > 0) /* beyond 48 KB with what the kernel declares, it has to be asked for */
+        status = bnb_cuda_check(cu, cu->function_set(*function, CU_FUNCTION_SHARED_MAX, kernel->shared), c->function,
+                                "cuFuncSetAttribute");
     cu->capture_mode(&mode);
     return status;
 }
@@ -181,7 +185,8 @@ static bnb_status kernel_on(const struct bnb_cuda_call *c, struct bnb_cuda_kerne
     pthread_mutex_lock(&lock);
     bnb_status status = load_kernel(c, kernel, function);
     if (!status)
-        status = bnb_cuda_check(c->card->cu, c->card->cu->occupancy(&per_sm, *function, kernel->threads, 0),
+        status = bnb_cuda_check(c->card->cu,
+                                c->card->cu->occupancy(&per_sm, *function, kernel->threads, (size_t)kernel->shared),
                                 c->function, "cuOccupancyMaxActiveBlocksPerMultiprocessor");
     if (!status) {
         kernel->on[c->card->ordinal].resident = per_sm > 0 ? per_sm * c->card->sms : c->card->sms;
@@ -202,7 +207,8 @@ static bnb_status launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *
     void *parameters[] = {(void *)(uintptr_t)arguments};
     return bnb_cuda_check(c->card->cu,
                           c->card->cu->launch(function, (unsigned)(over && grid > resident ? resident : grid), 1, 1,
-                                              (unsigned)kernel->threads, 1, 1, 0, c->stream, parameters, NULL),
+                                              (unsigned)kernel->threads, 1, 1, (unsigned)kernel->shared, c->stream,
+                                              parameters, NULL),
                           c->function, kernel->name);
 }
 
@@ -218,28 +224,75 @@ bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_k
     return launch(c, kernel, work, true, arguments);
 }
 
-bnb_status bnb_cuda_describe(int ordinal, char *text, size_t size)
+bnb_status bnb_cuda_run(const bnb_exec *ex, const char *function, struct bnb_cuda_kernel *kernel, int64_t work,
+                        const void *arguments)
 {
-    const char *f = "describe";
-    const struct bnb_cuda_card *card = card_of(ordinal, f);
-    if (!card)
-        return bnb_last_status();
+    struct bnb_cuda_call c;
+    bnb_status status = bnb_cuda_begin(&c, ex, function);
+    if (status || !c.card)
+        return status;
+    status = bnb_cuda_launch_over(&c, kernel, work, arguments);
+    bnb_cuda_end(&c);
+    return status;
+}
+
+/* ---------------------------------------------------------------- in words */
+
+/* What the driver takes from an image: machine code of one capability, or PTX of another that it compiles itself. */
+static bool describe_binary(const struct bnb_cuda_call *c, const struct bnb_cuda_image *image, char *text, size_t size)
+{
+    const struct bnb_driver *cu = c->card->cu;
+    cu_module module = NULL;
+    cu_function function = NULL;
+    int binary = 0, ptx = 0;
+    if (image->binary.size == 0 || jit_wanted() || cu->module_load(&module, image->binary.data) != 0)
+        return false;
+    const bool known = cu->module_function(&function, module, "bnb_k_sum") == 0 &&
+                       cu->function_attribute(&binary, CU_FUNCTION_BINARY_VERSION, function) == 0 &&
+                       cu->function_attribute(&ptx, CU_FUNCTION_PTX_VERSION, function) == 0;
+    cu->module_unload(module);
+    if (known && binary != ptx)
+        snprintf(text, size, "PTX of %d.%d, compiled by the driver", ptx / 10, ptx % 10);
+    else if (known)
+        snprintf(text, size, "machine code of %d.%d", binary / 10, binary % 10);
+    return known;
+}
+
+static void describe_source(const struct bnb_cuda_call *c, const char *why, char *text, size_t size)
+{
+    char reason[384];
+    struct bnb_cuda_target target;
+    const struct bnb_cuda_nvrtc *nvrtc = bnb_cuda_nvrtc_open(reason, sizeof reason);
+    if (!nvrtc)
+        snprintf(text, size, "no code (%s), and none can be compiled: %s", why, reason);
+    else if (!bnb_cuda_target_of(nvrtc, c->card->capability, &target))
+        snprintf(text, size, "no code (%s), and NVRTC %d.%d knows no card as old as this one", why, nvrtc->major,
+                 nvrtc->minor);
+    else
+        snprintf(text, size, "source, compiled on first use by NVRTC %d.%d for %s (%s)", nvrtc->major, nvrtc->minor,
+                 target.name, why);
+}
+
+bnb_status bnb_cuda_card_text(int ordinal, char *text, size_t size)
+{
+    const char *f = "cuda_card_text";
+    const struct bnb_cuda_image *image =
+        bnb_cuda_image_find("scales"); /* the smallest; all have code for the same cards */
     const bnb_exec ex = {.size = sizeof ex, .device = BNB_CUDA, .ordinal = ordinal};
     struct bnb_cuda_call c;
-    bnb_status status = bnb_cuda_begin(&c, &ex, f);
-    if (status)
+    if (!text || size == 0)
+        return bnb_fail(BNB_EINVAL, "%s: %s, expected a buffer", f, text ? "size is 0" : "text is NULL");
+    const bnb_status status = bnb_cuda_begin(&c, &ex, f);
+    if (status || !c.card)
         return status;
-    cu_module module = NULL;
-    cu_result result = CU_ERROR_NO_BINARY;
-    if (bnb_cuda_images[0].binary.size > 0 && !jit_wanted())
-        result = card->cu->module_load(&module, bnb_cuda_images[0].binary.data);
-    if (result == 0)
-        snprintf(text, size, "compute capability %d.%d: compiled code", card->capability / 10, card->capability % 10);
-    else
-        snprintf(text, size, "compute capability %d.%d: compiled on first use by %s", card->capability / 10,
-                 card->capability % 10, bnb_cuda_compiler());
-    if (module)
-        card->cu->module_unload(module);
+    if (!image)
+        snprintf(text, size, "no code: this build has none for CUDA");
+    else if (!describe_binary(&c, image, text, size))
+        describe_source(&c,
+                        jit_wanted()              ? "BNB_CUDA_JIT is 1"
+                        : image->binary.size == 0 ? "this build has source alone"
+                                                  : "this build has no machine code or PTX for this card and driver",
+                        text, size);
     bnb_cuda_end(&c);
     return BNB_OK;
 }

@@ -30,6 +30,7 @@ struct bnb_cuda_kernel {
     const char *name;  /* as the device code exports it                          */
     int dtype;         /* the variant's bnb_dtype, or -1 where there is only one */
     int threads;       /* of a block */
+    int shared;        /* bytes of dynamic shared memory of a block; no more than card->shared_bytes */
     struct {
         atomic_uintptr_t function; /* its cu_function; 0: not loaded yet */
         int resident;              /* blocks that the card holds at once */
@@ -67,16 +68,17 @@ bnb_status bnb_cuda_launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel
 bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t work,
                                 const void *arguments);
 
+/* A call that is one such launch. */
+bnb_status bnb_cuda_run(const bnb_exec *ex, const char *function, struct bnb_cuda_kernel *kernel, int64_t work,
+                        const void *arguments);
+
 /* Workspace of the caller's allocator.  BNB_ENOMEM; freed in stream order by the second. */
 bnb_status bnb_cuda_alloc(const struct bnb_cuda_call *c, size_t bytes, void **memory);
 void bnb_cuda_free(const struct bnb_cuda_call *c, void *memory, size_t bytes);
 
-/* ---- what can be learned without a launch: for `python -m bitsandbytes` and tests */
+/* ---- what can be learned without a launch */
 
 /* The number of cards, 0 after bnb_fail(). */
 int bnb_cuda_count(void);
-
-/* Where the kernels of a card come from: "sm_90a image", "NVRTC 13.0", ... or why there are none.  text [size]. */
-bnb_status bnb_cuda_describe(int ordinal, char *text, size_t size);
 
 #endif

@@ -11,17 +11,35 @@ enum { THREADS = 256 };
 /* Where the parts of the table lie. */
 struct layout { size_t tensors, plans, origins, first, bytes; };
 
-static struct layout layout_of(size_t count)
+static int64_t elements_of(const bnb_optim_tensor *t) { return t->g ? t->n : 0; }
+
+/* Must the device make the scalars? */
+static bool is_remote(const bnb_optim_config *config, const bnb_optim_tensor *tensors, size_t count)
+{
+    bool remote = config->lr_value || (config->norms && config->max_unorm > 0.0);
+    for (size_t i = 0; i < count && !remote; i++)
+        remote = tensors[i].step_count || tensors[i].gnorm_scale;
+    return remote;
+}
+
+/* The host needs as many plans as fill_plans() will make, one as a rule, and no origins. */
+static struct layout layout_of(const bnb_optim_tensor *tensors, size_t count, bool remote)
 {
     struct layout l = {0};
+    size_t plans = remote ? count : 1;
+    int64_t step = 0;
+    for (size_t i = 0; i < count && !remote; i++) {
+        if (elements_of(&tensors[i]) > 0 && tensors[i].step != step) {
+            step = tensors[i].step;
+            plans++;
+        }
+    }
     l.plans = count * sizeof(struct bnb_cuda_tensor);
-    l.origins = l.plans + count * sizeof(struct bnb_optim_plan);
-    l.first = l.origins + count * sizeof(struct bnb_cuda_origin);
+    l.origins = l.plans + plans * sizeof(struct bnb_optim_plan);
+    l.first = l.origins + (remote ? count : 0) * sizeof(struct bnb_cuda_origin);
     l.bytes = l.first + (count + 1) * sizeof(int64_t);
     return l;
 }
-
-static int64_t elements_of(const bnb_optim_tensor *t) { return t->g ? t->n : 0; }
 
 /* Can every array be moved 8 elements at a time, in accesses of 8 or 16 bytes? */
 static bool is_vector(const bnb_optim_tensor *t, bool is_double)
@@ -45,15 +63,6 @@ static struct bnb_cuda_tensor entry_of(const bnb_optim_tensor *t, const struct b
                                     .vector = is_vector(t, row->is_double)};
 }
 
-/* Must the device make the scalars? */
-static bool is_remote(const bnb_optim_config *config, const bnb_optim_tensor *tensors, size_t count)
-{
-    bool remote = config->lr_value || (config->norms && config->max_unorm > 0.0);
-    for (size_t i = 0; i < count && !remote; i++)
-        remote = tensors[i].step_count || tensors[i].gnorm_scale;
-    return remote;
-}
-
 /* The scalars of every tensor, each kind of them once; returns how many there are. */
 static int fill_plans(const struct bnb_optim_recipe *recipe, double lr, const bnb_optim_tensor *tensors, size_t count,
                       struct bnb_cuda_tensor *entries, struct bnb_optim_plan *plans)
@@ -66,7 +75,7 @@ static int fill_plans(const struct bnb_optim_recipe *recipe, double lr, const bn
             plans[used++] = bnb_optim_plan_of(recipe, lr, step, 1.0, NULL);
         }
         entries[i].plan = used > 0 ? used - 1 : 0;
-        entries[i].key = bnb_optim_key(tensors[i].seed, tensors[i].step);
+        entries[i].key = recipe->stochastic ? bnb_optim_key(tensors[i].seed, tensors[i].step) : 0;
     }
     return used;
 }
@@ -107,7 +116,8 @@ static bnb_status make_plans(const struct bnb_cuda_call *c, const struct bnb_cud
 bnb_status bnb_cuda_step_open(const struct bnb_cuda_call *c, struct bnb_cuda_step *s, const bnb_optim_config *config,
                               const bnb_optim_tensor *tensors, size_t count, int unit, size_t tail, bool advance)
 {
-    const struct layout l = layout_of(count);
+    const bool remote = is_remote(config, tensors, count);
+    const struct layout l = layout_of(tensors, count, remote);
     int64_t chunks = 0;
     for (size_t i = 0; i < count; i++)
         chunks += bnb_blocks(elements_of(&tensors[i]), unit);
@@ -131,7 +141,6 @@ bnb_status bnb_cuda_step_open(const struct bnb_cuda_call *c, struct bnb_cuda_ste
                                       .stochastic = config->stochastic_rounding};
     s->first = (const void *)(s->table.device + l.first);
     s->tail = s->table.device + s->table.bytes;
-    const bool remote = is_remote(config, tensors, count);
     const struct bnb_optim_recipe recipe = bnb_optim_recipe_of(s->row, config);
     if (remote)
         fill_origins(tensors, count, entries, (void *)(s->table.host + l.origins));

@@ -2,13 +2,16 @@
  * upload.c - tables for kernels: see cuda.h
  *
  * A small table travels in the arguments of a launch, and so does every table while the stream is captured, because a
- * copy from host memory would be repeated from memory that is no longer there.  A larger one is copied in stream order;
- * the driver takes pageable memory into its own before the call returns, so no host memory has to outlive the call.
+ * copy from host memory would be repeated from memory that is no longer there.  A larger one is copied in stream order,
+ * in pieces: the driver takes up to 64 KiB of pageable memory into its own queue and returns, but waits for the stream
+ * with more.  No host memory has to outlive the call.
  */
 #include <stdlib.h>
 #include <string.h>
 
 #include "cuda/cuda.h"
+
+enum { PIECE = 32 << 10 };
 
 bnb_status bnb_cuda_table_open(const struct bnb_cuda_call *c, struct bnb_cuda_table *table, size_t bytes, size_t tail)
 {
@@ -48,7 +51,12 @@ bnb_status bnb_cuda_table_send(const struct bnb_cuda_call *c, const struct bnb_c
     int capturing = 0;
     if (cu->stream_capturing(c->stream, &capturing) != 0 || capturing || table->bytes <= BNB_CUDA_CARRIED)
         return carry(c, table);
-    const cu_address to = (cu_address)(uintptr_t)table->device;
-    return bnb_cuda_check(cu, cu->copy_to_device(to, table->host, table->bytes, c->stream), c->function,
-                          "cuMemcpyHtoDAsync");
+    bnb_status status = BNB_OK;
+    for (size_t at = 0; at < table->bytes && !status; at += PIECE) {
+        const size_t bytes = table->bytes - at < PIECE ? table->bytes - at : PIECE;
+        const cu_address to = (cu_address)(uintptr_t)(table->device + at);
+        status = bnb_cuda_check(cu, cu->copy_to_device(to, table->host + at, bytes, c->stream), c->function,
+                                "cuMemcpyHtoDAsync");
+    }
+    return status;
 }

@@ -266,6 +266,38 @@ void bnb_call_cast(struct bnb_call *c, struct bnb_tensor *t, int32_t dtype)
     *t = cast;
 }
 
+struct bnb_tensor bnb_new_host_tensor(struct bnb_call *c, const char *name, struct bnb_ints shape, int32_t dtype)
+{
+    const struct bnb_tensor first = c->first;
+    c->first.device = bnb_shim.device_cpu();
+    c->first.device_index = 0;
+    const struct bnb_tensor t = bnb_new_tensor(c, name, shape, dtype);
+    c->first = first;
+    return t;
+}
+
+/* *t replaced by `moved`, which has its shape and dtype. */
+static void move_into(struct bnb_call *c, struct bnb_tensor *t, struct bnb_tensor moved)
+{
+    moved.index = t->index;
+    if (bnb_call_ok(c) && t->n > 0 && !copy(moved.handle, t->handle))
+        bnb_call_fail(c, BNB_EDEVICE, "%s: torch cannot copy %s between devices. %s", c->op, bnb_label(t).text,
+                      bnb_torch_reason());
+    *t = moved;
+}
+
+void bnb_call_to_host(struct bnb_call *c, struct bnb_tensor *t)
+{
+    if (bnb_call_ok(c) && t->device != bnb_shim.device_cpu())
+        move_into(c, t, bnb_new_host_tensor(c, t->name, bnb_sizes_of(t), t->dtype));
+}
+
+void bnb_call_from_host(struct bnb_call *c, struct bnb_tensor *t)
+{
+    if (bnb_call_ok(c) && t->device != c->first.device)
+        move_into(c, t, bnb_new_tensor(c, t->name, bnb_sizes_of(t), t->dtype));
+}
+
 /* ---------------------------------------------------------------- data and results */
 
 /* torch gives NULL for a tensor without elements, the core wants a pointer for every buffer. */

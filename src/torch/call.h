@@ -27,6 +27,12 @@ struct bnb_tensors {
     size_t count;
 };
 
+/* Tensors that are not described: torch is asked as far as needed. */
+struct bnb_handles {
+    torch_tensor *items;
+    size_t count;
+};
+
 struct bnb_ints {
     const int64_t *values;
     size_t count;
@@ -79,6 +85,7 @@ void bnb_call_describe(struct bnb_call *c, struct bnb_tensor *t);
 struct bnb_tensor bnb_take_tensor(struct bnb_call *c, const char *name);
 struct bnb_tensor bnb_take_optional(struct bnb_call *c, const char *name); /* Tensor? */
 struct bnb_tensors bnb_take_tensors(struct bnb_call *c, const char *name); /* Tensor[] */
+struct bnb_handles bnb_take_handles(struct bnb_call *c, const char *name); /* Tensor[]; describes the first alone */
 struct bnb_ints bnb_take_ints(struct bnb_call *c);
 int64_t bnb_take_int(struct bnb_call *c);
 double bnb_take_float(struct bnb_call *c);
@@ -119,6 +126,12 @@ void bnb_call_stage(struct bnb_call *c, struct bnb_tensor *t, const int64_t *str
 
 /* Make *t a row-major tensor of this dtype, if it has another: a temporary that torch converts. */
 void bnb_call_cast(struct bnb_call *c, struct bnb_tensor *t, int32_t dtype);
+
+/* For operators whose results depend on values: *t as it is on the CPU, which waits for the work of a device; and a CPU
+ * tensor where the call runs.  Contiguous tensors; nothing is done where they are there already. */
+struct bnb_tensor bnb_new_host_tensor(struct bnb_call *c, const char *name, struct bnb_ints shape, int32_t dtype);
+void bnb_call_to_host(struct bnb_call *c, struct bnb_tensor *t);
+void bnb_call_from_host(struct bnb_call *c, struct bnb_tensor *t);
 
 /* The elements of a contiguous or staged tensor; NULL on failure. */
 const void *bnb_read(struct bnb_call *c, const struct bnb_tensor *t);

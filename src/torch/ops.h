@@ -41,7 +41,9 @@
     X("_optimizer_step", bnb_op_optimizer_step)                                  \
     X("_optimizer_norms", bnb_op_optimizer_norms)                                \
     X("_gradient_norms", bnb_op_gradient_norms)                                  \
-    X("_percentile_clip", bnb_op_percentile_clip)
+    X("_percentile_clip", bnb_op_percentile_clip)                                \
+    X("_optimizer_table", bnb_op_optimizer_table)                                \
+    X("_optimizer_run", bnb_op_optimizer_run)
 
 #define X(name, function) void function(torch_value *stack, uint64_t inputs, uint64_t outputs);
 BNB_TORCH_OPS(X)

@@ -16,6 +16,7 @@ struct product4 {
     struct bnb_scale_tensors scales;
     int64_t n, k, block;
     bnb_type4 type;
+    const float *values; /* [16], instead of the type */
     bool nested, exact;
     bool grad; /* x is the gradient of the output, the result that of the input */
 };
@@ -61,7 +62,8 @@ static void multiply(struct bnb_call *c, struct product4 *p)
                                  .block = p->block,
                                  .type = p->type,
                                  .dtype = dtype,
-                                 .exact = p->exact};
+                                 .exact = p->exact,
+                                 .values = p->values};
     c->status = p->grad ? bnb_gemm4_grad(&c->exec, &args) : bnb_gemm4(&c->exec, &args);
 }
 
@@ -182,19 +184,17 @@ void bnb_op_gemm_4bit(torch_value *stack, uint64_t inputs, uint64_t outputs)
     bnb_call_end(&c);
 }
 
-/* The type whose 16 values these are: the schema of gemv_4bit names it no other way. */
-static bnb_type4 type_of_values(struct bnb_call *c, struct bnb_tensor *code)
+/* The type whose 16 values these are: the schema of gemv_4bit names it no other way.  A device reads them itself. */
+static void take_values(struct bnb_call *c, struct product4 *p, struct bnb_tensor *code)
 {
-    bnb_type4 type = BNB_NF4;
     bnb_check_dtype(c, code, BNB_TORCH_float32);
     bnb_check_count(c, code, 16, " (the values of a 4-bit type)");
-    if (c->exec.device != BNB_CPU)
-        bnb_call_fail(c, BNB_EDEVICE, "%s: this build has no CUDA kernels; move the tensors to the CPU", c->op);
     bnb_call_stage(c, code, NULL, BNB_STAGE_READ);
     const float *values = bnb_read(c, code);
-    if (bnb_call_ok(c) && bnb_find_4bit_map(values, &type))
+    if (c->exec.device != BNB_CPU)
+        p->values = values;
+    else if (bnb_call_ok(c) && bnb_find_4bit_map(values, &p->type))
         bnb_call_fail(c, BNB_ENOTSUP, "%s: code holds the values of another type, expected those of NF4 or FP4", c->op);
-    return type;
 }
 
 static void gemv_4bit(torch_value *stack, uint64_t inputs, bool has_out)
@@ -212,7 +212,7 @@ static void gemv_4bit(torch_value *stack, uint64_t inputs, bool has_out)
         p.out = bnb_take_tensor(&c, "out");
 
     set_shape(&c, &p, shape);
-    p.type = type_of_values(&c, &code);
+    take_values(&c, &p, &code);
     multiply(&c, &p);
     if (!has_out)
         bnb_give(&c, &p.out);

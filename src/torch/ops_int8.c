@@ -3,8 +3,6 @@
  *
  * Leading dimensions are rows: every activation [..., k] is a matrix [rows, k] of its row-major flattening.
  */
-#include <string.h>
-
 #include "ops.h"
 #include "quantized.h"
 
@@ -33,21 +31,23 @@ static int64_t check_weight(struct bnb_call *c, struct bnb_tensor *weight, int64
     return bnb_call_ok(c) ? weight->sizes[0] : 0;
 }
 
-/* The columns whose flag [k] is set, ascending: int64, in a tensor of the call. */
+/* The columns whose flag [k] is set, ascending: int64, in a tensor of the call.  How many there are is the shape of a
+ * result: flags on a device are read, which waits for it.  The layers' products take the flags themselves. */
 static struct bnb_tensor columns_of(struct bnb_call *c, const struct bnb_tensor *flags)
 {
-    struct bnb_tensor columns = {.present = false};
+    struct bnb_tensor host = *flags;
     int64_t count = 0;
-    if (c->exec.device != BNB_CPU)
-        bnb_call_fail(c, BNB_EDEVICE, "%s: this build has no CUDA kernels; move the tensors to the CPU", c->op);
-    const uint8_t *flag = bnb_read(c, flags);
+    bnb_call_to_host(c, &host);
+    const uint8_t *flag = bnb_read(c, &host);
     for (int64_t i = 0; bnb_call_ok(c) && i < flags->n; i++)
         count += flag[i] != 0;
-    columns = bnb_new_tensor(c, "the outlier columns", bnb_one_size(&count), torch_dtype(BNB_TORCH_int64));
+    struct bnb_tensor columns =
+        bnb_new_host_tensor(c, "the outlier columns", bnb_one_size(&count), torch_dtype(BNB_TORCH_int64));
     int64_t *index = bnb_write(c, &columns);
     for (int64_t i = 0, j = 0; bnb_call_ok(c) && i < flags->n; i++)
         if (flag[i])
             index[j++] = i;
+    bnb_call_from_host(c, &columns);
     return columns;
 }
 
@@ -201,9 +201,10 @@ void bnb_op_int8_linear_matmul_out(torch_value *stack, uint64_t inputs, uint64_t
 
 /* ---------------------------------------------------------------- scaled products */
 
-/* The tensors of bnb_gemm8(); the absent ones are not part of the product. */
+/* The tensors of bnb_gemm8(); the absent ones are not part of the product.  flags: of the outlier columns, instead of
+ * their list. */
 struct product8 {
-    struct bnb_tensor a, weight, product, row_stats, col_stats, bias, x, columns, out;
+    struct bnb_tensor a, weight, product, row_stats, col_stats, bias, x, columns, flags, out;
     int64_t m, n, k;
 };
 
@@ -232,6 +233,10 @@ static void multiply(struct bnb_call *c, struct product8 *p, bnb_dtype dtype)
         args.x = bnb_read(c, &p->x);
         args.columns = bnb_read(c, &p->columns);
         args.outliers = p->columns.n;
+    }
+    if (p->flags.present && p->flags.n > 0) {
+        args.x = bnb_read(c, &p->x);
+        args.outlier = bnb_read(c, &p->flags);
     }
     if (bnb_call_ok(c))
         c->status = bnb_gemm8(&c->exec, &args);
@@ -294,16 +299,16 @@ void bnb_op_int8_mm_dequant(torch_value *stack, uint64_t inputs, uint64_t output
     bnb_call_end(&c);
 }
 
-/* Ascending column numbers below k. */
+/* Ascending column numbers below k: looked at on the host, because the kernels trust them. */
 static void check_columns(struct bnb_call *c, struct bnb_tensor *columns, int64_t k)
 {
     if (!columns->present)
         return;
     bnb_check_dtype(c, columns, BNB_TORCH_int64);
     bnb_call_stage(c, columns, NULL, BNB_STAGE_READ);
-    if (c->exec.device != BNB_CPU)
-        bnb_call_fail(c, BNB_EDEVICE, "%s: this build has no CUDA kernels; move the tensors to the CPU", c->op);
-    const int64_t *index = bnb_read(c, columns);
+    struct bnb_tensor host = *columns;
+    bnb_call_to_host(c, &host);
+    const int64_t *index = bnb_read(c, &host);
     for (int64_t i = 0; bnb_call_ok(c) && i < columns->n; i++)
         if (index[i] < 0 || index[i] >= k || (i > 0 && index[i] <= index[i - 1]))
             bnb_call_fail(c, BNB_EINVAL, "%s: %s[%lld] is %lld, expected ascending columns below %lld", c->op,
@@ -311,19 +316,15 @@ static void check_columns(struct bnb_call *c, struct bnb_tensor *columns, int64_
 }
 
 /* x[:, columns] as a new tensor [rows, columns]. */
-static struct bnb_tensor gather(struct bnb_call *c, const struct product8 *p)
+static struct bnb_tensor gather(struct bnb_call *c, const struct product8 *p, bnb_dtype dtype)
 {
     const int64_t width = p->columns.present ? p->columns.n : 0, sizes[2] = {p->m, width};
     const struct bnb_tensor sub = bnb_new_tensor(c, "the outliers", (struct bnb_ints){sizes, 2}, p->x.dtype);
-    const char *from = bnb_read(c, &p->x);
-    char *to = bnb_write(c, &sub);
+    const void *x = bnb_read(c, &p->x);
+    void *out = bnb_write(c, &sub);
     const int64_t *index = read_if(c, &p->columns);
-    if (!bnb_call_ok(c))
-        return sub;
-    const size_t size = bnb_shim.element_size(p->x.dtype);
-    for (int64_t i = 0; i < p->m; i++)
-        for (int64_t j = 0; j < width; j++)
-            memcpy(to + (size_t)(i * width + j) * size, from + (size_t)(i * p->k + index[j]) * size, size);
+    if (bnb_call_ok(c))
+        c->status = bnb_gather_columns(&c->exec, &(bnb_matrix){x, dtype, p->m, p->k}, index, width, out);
     return sub;
 }
 
@@ -353,7 +354,7 @@ void bnb_op_int8_mixed_scaled_mm(torch_value *stack, uint64_t inputs, uint64_t o
     if (bnb_call_ok(&c))
         p.out = bnb_new_rows(&c, "the result", &p.a, p.n, p.x.dtype);
     multiply(&c, &p, dtype);
-    const struct bnb_tensor sub = gather(&c, &p);
+    const struct bnb_tensor sub = gather(&c, &p, dtype);
     bnb_give(&c, &p.out);
     bnb_give_optional(&c, &sub);
     bnb_call_end(&c);
@@ -382,8 +383,7 @@ void bnb_op_linear_int8(torch_value *stack, uint64_t inputs, uint64_t outputs)
     const struct rows8 q = quantize_rows(&c, &p.x, threshold);
     p.a = q.codes;
     p.row_stats = q.stats;
-    if (threshold > 0.0)
-        p.columns = columns_of(&c, &q.flags);
+    p.flags = q.flags;
     if (bnb_call_ok(&c))
         p.out = bnb_new_rows(&c, "the result", &p.x, p.n, p.x.dtype);
     multiply(&c, &p, dtype);

@@ -4,17 +4,9 @@
 #include "ops.h"
 #include "optim_call.h"
 
-/* The arguments of _optimizer_step and _optimizer_norms. */
-struct group {
-    bnb_optim_config config;
-    struct bnb_tensors p, g, state1, state2, absmax1, absmax2, qmaps, steps, unorm;
-    struct bnb_tensor gnorm_scale, norms, lr_tensor;
-    struct bnb_ints step, seed;
-};
-
-static struct group take_group(struct bnb_call *c)
+struct bnb_group bnb_take_group(struct bnb_call *c)
 {
-    struct group l = {.config = {.size = sizeof l.config, .name = bnb_take_string(c), .gnorm_scale = 1.0}};
+    struct bnb_group l = {.config = {.name = bnb_take_string(c)}};
     l.p = bnb_take_tensors(c, "p");
     l.g = bnb_take_tensors(c, "g");
     l.state1 = bnb_take_tensors(c, "state1");
@@ -24,22 +16,30 @@ static struct group take_group(struct bnb_call *c)
     l.qmaps = bnb_take_tensors(c, "qmaps");
     l.steps = bnb_take_tensors(c, "steps");
     l.unorm = bnb_take_tensors(c, "unorm");
-    l.gnorm_scale = bnb_take_optional(c, "gnorm_scale");
-    l.norms = bnb_take_optional(c, "norms");
-    l.lr_tensor = bnb_take_optional(c, "lr_tensor");
-    l.step = bnb_take_ints(c);
-    l.seed = bnb_take_ints(c);
-    double *const number[] = {&l.config.lr,           &l.config.beta1,    &l.config.beta2,   &l.config.beta3,
-                              &l.config.alpha,        &l.config.t_alpha,  &l.config.t_beta3, &l.config.eps,
-                              &l.config.weight_decay, &l.config.max_unorm};
+    bnb_take_options(c, &l);
+    return l;
+}
+
+void bnb_take_options(struct bnb_call *c, struct bnb_group *l)
+{
+    bnb_optim_config *config = &l->config;
+    config->size = sizeof *config;
+    config->gnorm_scale = 1.0;
+    l->gnorm_scale = bnb_take_optional(c, "gnorm_scale");
+    l->norms = bnb_take_optional(c, "norms");
+    l->lr_tensor = bnb_take_optional(c, "lr_tensor");
+    l->step = bnb_take_ints(c);
+    l->seed = bnb_take_ints(c);
+    double *const number[] = {&config->lr,           &config->beta1,    &config->beta2,   &config->beta3,
+                              &config->alpha,        &config->t_alpha,  &config->t_beta3, &config->eps,
+                              &config->weight_decay, &config->max_unorm};
     for (size_t i = 0; i < sizeof number / sizeof number[0]; i++)
         *number[i] = bnb_take_float(c);
-    l.config.skip_zeros = bnb_take_bool(c);
-    l.config.nesterov = bnb_take_bool(c);
-    l.config.no_bias_correction = !bnb_take_bool(c);
-    l.config.coupled_decay = !bnb_take_bool(c);
-    l.config.stochastic_rounding = bnb_take_bool(c);
-    return l;
+    config->skip_zeros = bnb_take_bool(c);
+    config->nesterov = bnb_take_bool(c);
+    config->no_bias_correction = !bnb_take_bool(c);
+    config->coupled_decay = !bnb_take_bool(c);
+    config->stochastic_rounding = bnb_take_bool(c);
 }
 
 static void check_length(struct bnb_call *c, const char *name, size_t count, size_t expected, const char *why)
@@ -48,7 +48,7 @@ static void check_length(struct bnb_call *c, const char *name, size_t count, siz
         bnb_call_fail(c, BNB_EINVAL, "%s: %s has %zu entries, expected %zu (%s)", c->op, name, count, expected, why);
 }
 
-static void check_lengths(struct bnb_call *c, const struct group *l, int states)
+static void check_lengths(struct bnb_call *c, const struct bnb_group *l, int states)
 {
     const size_t count = l->p.count;
     size_t count8 = 0;
@@ -69,8 +69,7 @@ static void check_lengths(struct bnb_call *c, const struct group *l, int states)
         check_length(c, "seed", l->seed.count, count, "one per parameter, with stochastic_rounding");
 }
 
-/* Deal the entries of the lists out to the parameters; NULL on failure. */
-static struct bnb_parameter *deal(struct bnb_call *c, struct group *l)
+struct bnb_parameter *bnb_deal_group(struct bnb_call *c, struct bnb_group *l)
 {
     const size_t count = l->p.count;
     const int states = bnb_states_of(l->config.name);
@@ -103,8 +102,7 @@ static struct bnb_parameter *deal(struct bnb_call *c, struct group *l)
     return q;
 }
 
-/* What is left of the arguments after deal(): maps, learning rate, norms. */
-static void finish_config(struct bnb_call *c, struct group *l)
+void bnb_finish_config(struct bnb_call *c, struct bnb_group *l)
 {
     if (l->qmaps.count > 0)
         l->config.qmap1 = bnb_read_floats(c, &l->qmaps.items[0], 256, " (an 8-bit map)");
@@ -129,10 +127,10 @@ void bnb_op_optimizer_step(torch_value *stack, uint64_t inputs, uint64_t outputs
     struct bnb_call c;
     (void)outputs;
     bnb_call_begin(&c, "_optimizer_step", stack, inputs, 30);
-    struct group l = take_group(&c);
+    struct bnb_group l = bnb_take_group(&c);
     bnb_check_optimizer(&c, &l.config);
-    struct bnb_parameter *q = deal(&c, &l);
-    finish_config(&c, &l);
+    struct bnb_parameter *q = bnb_deal_group(&c, &l);
+    bnb_finish_config(&c, &l);
     bnb_step_parameters(&c, &l.config, q, q ? l.p.count : 0);
     bnb_call_end(&c);
 }
@@ -143,10 +141,10 @@ void bnb_op_optimizer_norms(torch_value *stack, uint64_t inputs, uint64_t output
     struct bnb_call c;
     (void)outputs;
     bnb_call_begin(&c, "_optimizer_norms", stack, inputs, 30);
-    struct group l = take_group(&c);
+    struct bnb_group l = bnb_take_group(&c);
     bnb_check_optimizer(&c, &l.config);
-    struct bnb_parameter *q = deal(&c, &l);
-    finish_config(&c, &l);
+    struct bnb_parameter *q = bnb_deal_group(&c, &l);
+    bnb_finish_config(&c, &l);
     const bnb_optim_tensor *tensors = bnb_open_parameters(&c, &l.config, q, q ? l.p.count : 0);
     const struct bnb_tensor norms = bnb_measure_parameters(&c, &l.config, tensors, q ? l.p.count : 0);
     bnb_give(&c, &norms);

@@ -266,13 +266,18 @@ struct bnb_tensor bnb_measure_parameters(struct bnb_call *c, const bnb_optim_con
     return norms;
 }
 
-void bnb_step_parameters(struct bnb_call *c, bnb_optim_config *config, struct bnb_parameter *q, size_t count)
+void bnb_step_tensors(struct bnb_call *c, bnb_optim_config *config, const bnb_optim_tensor *tensors, size_t count)
 {
-    const bnb_optim_tensor *tensors = bnb_open_parameters(c, config, q, count);
     if (bnb_call_ok(c) && config->max_unorm > 0.0 && !config->norms && count > 0) {
         const struct bnb_tensor norms = bnb_measure_parameters(c, config, tensors, count);
         config->norms = bnb_read(c, &norms);
     }
     if (bnb_call_ok(c))
         c->status = bnb_optim_step(&c->exec, config, tensors, count);
+}
+
+void bnb_step_parameters(struct bnb_call *c, bnb_optim_config *config, struct bnb_parameter *q, size_t count)
+{
+    const bnb_optim_tensor *tensors = bnb_open_parameters(c, config, q, count);
+    bnb_step_tensors(c, config, tensors, count);
 }

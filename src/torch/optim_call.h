@@ -18,6 +18,24 @@ struct bnb_parameter {
     const float *gnorm_scale;
 };
 
+/* The arguments of the operators of a group: _optimizer_step and its like. */
+struct bnb_group {
+    bnb_optim_config config;
+    struct bnb_tensors p, g, state1, state2, absmax1, absmax2, qmaps, steps, unorm;
+    struct bnb_tensor gnorm_scale, norms, lr_tensor;
+    struct bnb_ints step, seed;
+};
+
+/* Take all of them; or those behind the lists of tensors alone, which every operator of a group ends with. */
+struct bnb_group bnb_take_group(struct bnb_call *c);
+void bnb_take_options(struct bnb_call *c, struct bnb_group *l);
+
+/* Deal the entries of the lists out to the parameters; NULL on failure. */
+struct bnb_parameter *bnb_deal_group(struct bnb_call *c, struct bnb_group *l);
+
+/* What is left of the arguments after that: maps, learning rate, norms; l->p.count parameters. */
+void bnb_finish_config(struct bnb_call *c, struct bnb_group *l);
+
 /* How many states an algorithm has; 0 for a name that is not in the core's table. */
 int bnb_states_of(const char *name);
 
@@ -36,6 +54,9 @@ bnb_optim_tensor *bnb_open_parameters(struct bnb_call *c, const bnb_optim_config
 
 /* The step; measures norms first where trust clipping needs them and config has none. */
 void bnb_step_parameters(struct bnb_call *c, bnb_optim_config *config, struct bnb_parameter *q, size_t count);
+
+/* The same for parameters that are open already. */
+void bnb_step_tensors(struct bnb_call *c, bnb_optim_config *config, const bnb_optim_tensor *tensors, size_t count);
 
 /* A new f64 tensor [count, 2] of bnb_optim_norms(). */
 struct bnb_tensor bnb_measure_parameters(struct bnb_call *c, const bnb_optim_config *config,

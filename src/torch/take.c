@@ -106,6 +106,31 @@ struct bnb_tensors bnb_take_tensors(struct bnb_call *c, const char *name)
     return tensors;
 }
 
+struct bnb_handles bnb_take_handles(struct bnb_call *c, const char *name)
+{
+    torch_list list = (torch_list)(uintptr_t)take(c);
+    struct bnb_handles handles = {NULL, 0};
+    size_t count = 0;
+    if (!list)
+        return handles;
+    bnb_shim.list_size(list, &count);
+    handles.items = bnb_call_alloc(c, count, sizeof *handles.items);
+    for (size_t i = 0; i < count; i++) {
+        torch_value value = 0;
+        bnb_shim.list_item(list, i, &value);
+        if (i == 0)
+            tensor_of(c, value, name, 0);
+        else if (value)
+            bnb_call_own(c, (torch_tensor)(uintptr_t)value);
+        if (handles.items)
+            handles.items[i] = (torch_tensor)(uintptr_t)value;
+    }
+    bnb_shim.delete_list(list);
+    if (handles.items)
+        handles.count = count;
+    return handles;
+}
+
 struct bnb_ints bnb_take_ints(struct bnb_call *c)
 {
     torch_list list = (torch_list)(uintptr_t)take(c);

@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cuda/device.h"
+
 const char *const dtype_name[BNB_FLOATS] = {"f32", "f16", "bf16"};
 
 uint64_t random_bits(uint64_t *state)
@@ -166,6 +168,21 @@ double half_spacing(bnb_dtype dtype, double value)
     const int exponent = fabs(value) > 0.0 ? ilogb(value) : least;
     return ldexp(0.5, (exponent > least ? exponent : least) + 1 - bits);
 }
+
+/* ---- devices */
+
+static int cards = -1; /* how many there are, once known */
+
+int absent_card(void)
+{
+    if (cards < 0)
+        cards = bnb_cuda_count();
+    return BNB_CUDA_CARDS - 1;
+}
+
+bnb_status absent_card_status(void) { return cards > 0 ? BNB_EINVAL : BNB_EDEVICE; }
+
+const char *absent_card_word(void) { return cards > 0 ? "ordinal is 63" : "CUDA"; }
 
 /* ---- tables and loops */
 

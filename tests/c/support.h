@@ -98,6 +98,13 @@ const struct bnb_cpu_ops *table_at(int i);
 void loop_backwards(void *context, int64_t n, int64_t grain, bnb_range_fn body, void *arg);
 void loop_threads(void *context, int64_t n, int64_t grain, bnb_range_fn body, void *arg);
 
+/* The ordinal of a CUDA device that no machine has.  A call for it fails before any kernel sees a pointer of the host:
+ * with absent_card_status(), and a detail that holds absent_card_word().  Which ones depends on whether there are cards;
+ * absent_card(), called first, finds that out. */
+int absent_card(void);
+bnb_status absent_card_status(void);
+const char *absent_card_word(void);
+
 /* Status for ctest where the table that BNB_CPU_ISA names cannot run here or is unknown; 0 where the test may go on. */
 enum { TEST_SKIPPED = 77 };
 int skip_foreign_isa(void);

@@ -117,6 +117,7 @@ struct problem {
     float *row_stats, *col_stats;
     void *bias, *x;
     int64_t *columns;
+    uint8_t *flags; /* instead of columns */
 };
 
 static float *take_stats(int64_t n, uint64_t *state)
@@ -188,8 +189,9 @@ static bnb_status call(const struct problem *p, const bnb_exec *ex, void *out)
                                  .col_stats = p->col_stats,
                                  .bias = p->bias,
                                  .x = p->x,
-                                 .columns = p->columns,
-                                 .outliers = p->outliers,
+                                 .columns = p->flags ? NULL : p->columns,
+                                 .outliers = p->flags ? 0 : p->outliers,
+                                 .outlier = p->flags,
                                  .out = out,
                                  .m = p->m,
                                  .n = p->n,
@@ -225,6 +227,21 @@ static struct expected define(const struct problem *p, int64_t i, int64_t j)
     return e;
 }
 
+/* The flags of the columns stand for their list. */
+static void check_flags(struct problem p, const void *expected, size_t bytes)
+{
+    char *out = take(bytes);
+    p.flags = take((size_t)p.k);
+    memset(p.flags, 0, (size_t)p.k);
+    for (int64_t i = 0; i < p.outliers; i++)
+        p.flags[p.columns[i]] = 1;
+    CHECK(!call(&p, NULL, out), "%s", bnb_detail());
+    CHECK(!memcmp(out, expected, bytes), "%s: m %lld, n %lld, k %lld, %lld outliers: flags give another result",
+          bnb_cpu_isa(), (long long)p.m, (long long)p.n, (long long)p.k, (long long)p.outliers);
+    free(p.flags);
+    free(out);
+}
+
 static void check_problem(struct problem p)
 {
     const int64_t outer = p.grad ? p.k : p.n;
@@ -249,6 +266,8 @@ static void check_problem(struct problem p)
     }
     CHECK(guarded_intact(&out), "%s: m %lld, n %lld, k %lld: guard bytes written", bnb_cpu_isa(), (long long)p.m,
           (long long)p.n, (long long)p.k);
+    if (p.outliers > 0)
+        check_flags(p, out.data, (size_t)(p.m * outer) * size);
     guarded_free(&out);
     problem_free(&p);
 }

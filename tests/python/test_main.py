@@ -80,7 +80,7 @@ def test_a_wrong_round_trip_is_noticed(monkeypatch, capsys, target, broken, text
 
 
 def test_an_optimizer_that_does_not_train_is_noticed(monkeypatch, capsys):
-    monkeypatch.setattr(bnb.optim.AdamW8bit, "_update", lambda self, call, settings: None)
+    monkeypatch.setattr(bnb.optim.AdamW8bit, "_update", lambda self, call, settings, grads: None)
     assert command.main() == 1
     out = capsys.readouterr().out
     assert "Check of quantisation: passed" in out

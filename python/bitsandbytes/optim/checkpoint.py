@@ -9,6 +9,7 @@ Read: all of these; flat entries of releases before 0.49.2; `step` as a 0-dim te
 anything is changed.  Layout: docs/FORMAT.md, section 7.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -129,7 +130,8 @@ class _Reader:
             raise ValueError(f"{label}: the states differ ({' and '.join(sorted(kinds))}), expected one precision")
         for i in range(1, self.states + 1):
             result |= self._state(label, p, flat, i)
-        return result | {key: self._other(label, p, key, value) for key, value in flat.items() if value is not None}
+        result |= {key: self._other(label, p, key, value) for key, value in flat.items() if value is not None}
+        return {sys.intern(key) if type(key) is str else key: value for key, value in result.items()}
 
     def _rows(self, i: int) -> int:
         """Rows that state i has per parameter: 0 if it has the parameter's shape."""

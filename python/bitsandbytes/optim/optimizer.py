@@ -7,7 +7,9 @@ Source: Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization".
 """
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -52,6 +54,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._seen: int | None = None  # the manager's version when _overrides was made
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._plans: dict[int, Plan] = {}  # index of a group -> its calls
+        self._known: tuple[list[Tensor], list[dict[str, Any]]] = [], []  # the state of the last step
         self._move_state = False
         self._warned_paged = False
 
@@ -108,20 +111,34 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._seen = self.mng.version
             self._plans = {}
         # All state is made, and every setting read, before the first parameter changes.
-        plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
+        of = None
+        if not self._is_same_state():
+            of, self._known = self.state, ([], [])
         calls = [
-            (call, self._settings(group, call.own))
-            for group, plan in zip(self.param_groups, plans, strict=True)
-            for call in plan.calls
+            (call, self._settings(group, call.own), grads)
+            for index, group in enumerate(self.param_groups)
+            for call, grads in self._plan(index, group, of)
         ]
-        for call, settings in calls:
+        if of is not None:
+            self._known = list(of.keys()), list(of.values())
+        for call, settings, _ in calls:
             call.ready_for(settings)
-        for call, settings in calls:
-            self._update(call, settings)
+        for call, settings, grads in calls:
+            self._update(call, settings, grads)
         return loss
 
-    def _plan(self, index: int, group: dict[str, Any]) -> Plan:
-        """The calls of a group, those of the last step where they still hold."""
+    def _is_same_state(self) -> bool:
+        """Has the state the parameters and dicts of the last step, in their order?"""
+        (params, states), of = self._known, self.state
+        return len(of) == len(params) and all(map(is_, of, params)) and all(map(is_, of.values(), states))
+
+    def _plan(
+        self, index: int, group: dict[str, Any], of: dict[Tensor, dict[str, Any]] | None
+    ) -> list[tuple[Call, list[Tensor]]]:
+        """The calls of a group with their gradients; the calls of the last step where they still hold.
+
+        of: the state, or None if its dicts are those of the last step.
+        """
         raise NotImplementedError(f"{type(self).__name__}: a subclass must say how a group is updated")
 
 
@@ -140,18 +157,21 @@ class _BlockwiseOptimizer(Optimizer8bit):
     def _settings(self, group: dict[str, Any], own: dict[str, Any] | None) -> Settings:
         return Settings({**group, **own} if own else group, self.args)
 
-    def _plan(self, index: int, group: dict[str, Any]) -> Plan:
-        present = [p.grad is not None for p in group["params"]]
+    def _plan(
+        self, index: int, group: dict[str, Any], of: dict[Tensor, dict[str, Any]] | None
+    ) -> list[tuple[Call, list[Tensor]]]:
+        grads = [p.grad for p in group["params"]]
+        present = [g is not None for g in grads]
         plan = self._plans.get(index)
-        if plan is None or not plan.fits(group["params"], present, self.state):
+        if plan is None or not plan.fits(group["params"], present, of):
             plan = self._plans[index] = Plan(group["params"], present, self._calls(index, group))
-        return plan
+        return plan.deal(grads)
 
     def _calls(self, index: int, group: dict[str, Any]) -> list[Call]:
         """Sort the parameters that have a gradient into calls; makes missing state."""
         calls, settings = {}, self._settings(group, None)
-        ordinal = sum(len(other["params"]) for other in self.param_groups[:index])
-        for i, p in enumerate(group["params"], ordinal):
+        first = sum(len(other["params"]) for other in self.param_groups[:index])
+        for place, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
             self._check_gradient(p)
@@ -163,7 +183,7 @@ class _BlockwiseOptimizer(Optimizer8bit):
             key = (p.device, *map(id, maps), self._call_key(group, own))
             if key not in calls:
                 calls[key] = Call(self.optimizer_name, own, maps)
-            calls[key].add(p, state, i)
+            calls[key].add(p, state, place, first)
         for call in calls.values():
             call.close(self._maps.get(call.params[0].device, ()))
         return list(calls.values())
@@ -200,7 +220,7 @@ class _BlockwiseOptimizer(Optimizer8bit):
             if eight:
                 entries[f"qmap{i}"] = maps[i - 1]
                 entries[f"absmax{i}"] = checkpoint.new_absmax(p, rows)
-        state.update(entries)
+        state.update((sys.intern(key), value) for key, value in entries.items())  # they are looked up in every step
 
     @property
     def _rows(self) -> int:
@@ -216,9 +236,9 @@ class _BlockwiseOptimizer(Optimizer8bit):
             self._maps[p.device] = tuple(default_map("dynamic" if each else "udynamic", p).clone() for each in signed)
         return self._maps[p.device]
 
-    def _update(self, call: Call, settings: Settings) -> None:
+    def _update(self, call: Call, settings: Settings, grads: list[Tensor]) -> None:
         try:
-            call.run(settings)
+            call.run(settings, grads)
         except (RuntimeError, ValueError):
             for p in call.params:
                 self._check_gradient(p)

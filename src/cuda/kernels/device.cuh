@@ -29,7 +29,7 @@ typedef bnb_f16 f16;
 typedef bnb_bf16 bf16;
 
 /* The thresholds of a 4-bit type: see tools/device_tables.c. */
-struct bnb_bin4 {
+struct __align__(8) bnb_bin4 {
     float threshold;
     int base;
 };
@@ -55,16 +55,38 @@ DEVICE unsigned f16_bits(float x)
 
 DEVICE unsigned bf16_bits(float x) { return bnb_to_bf16(x).bits; }
 
-/* Two at once, the first in the low half. */
-DEVICE unsigned bf16_pair(float a, float b)
+/* Two at once, the first in the low half; the type of the pointer says which.  A NaN becomes the card's own. */
+DEVICE unsigned quick_pair(const bf16 *, float a, float b)
 {
 #if __CUDA_ARCH__ >= 800
     unsigned pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
-    if (a == a && b == b)
-        return pair;
-#endif
+    return pair;
+#else
     return bf16_bits(a) | bf16_bits(b) << 16;
+#endif
+}
+
+DEVICE unsigned quick_pair(const f16 *, float a, float b)
+{
+#if __CUDA_ARCH__ >= 800
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+    return pair;
+#else
+    return f16_bits(a) | f16_bits(b) << 16;
+#endif
+}
+
+/* The same, by NUMERICS rule 11. */
+DEVICE unsigned bf16_pair(float a, float b)
+{
+    return a == a && b == b ? quick_pair((const bf16 *)nullptr, a, b) : bf16_bits(a) | bf16_bits(b) << 16;
+}
+
+DEVICE unsigned f16_pair(float a, float b)
+{
+    return a == a && b == b ? quick_pair((const f16 *)nullptr, a, b) : f16_bits(a) | f16_bits(b) << 16;
 }
 
 DEVICE float value_of(const float *p) { return *p; }
@@ -130,19 +152,57 @@ template <typename T> DEVICE struct raw8<T> raw8_load(const T *p, int count, int
     return raw;
 }
 
+/*
+ * A warp's 256 elements, where f32 is among the arrays: lane l has the four from 4 l on and the four from 128 + 4 l on, so
+ * that each access of a warp is one run of memory.  All are there, and aligned.
+ */
+DEVICE struct raw8<float> spread_load(const float *p)
+{
+    struct raw8<float> raw;
+    raw.word[0] = __ldcs((const uint4 *)p + threadIdx.x % 32);
+    raw.word[1] = __ldcs((const uint4 *)p + 32 + threadIdx.x % 32);
+    return raw;
+}
+
+template <typename T> DEVICE struct raw8<T> spread_load(const T *p)
+{
+    struct raw8<T> raw;
+    const uint2 a = __ldcs((const uint2 *)p + threadIdx.x % 32), b = __ldcs((const uint2 *)p + 32 + threadIdx.x % 32);
+    raw.word[0] = make_uint4(a.x, a.y, b.x, b.y);
+    return raw;
+}
+
 /* Sixteen bytes of elements: four of f32, eight of the others. */
 DEVICE void store16(float *p, const float v[4]) { __stcs((float4 *)p, make_float4(v[0], v[1], v[2], v[3])); }
 
 DEVICE void store16(f16 *p, const float v[8])
 {
-    __stcs((uint4 *)p, make_uint4(f16_bits(v[0]) | f16_bits(v[1]) << 16, f16_bits(v[2]) | f16_bits(v[3]) << 16,
-                                  f16_bits(v[4]) | f16_bits(v[5]) << 16, f16_bits(v[6]) | f16_bits(v[7]) << 16));
+    __stcs((uint4 *)p,
+           make_uint4(f16_pair(v[0], v[1]), f16_pair(v[2], v[3]), f16_pair(v[4], v[5]), f16_pair(v[6], v[7])));
 }
 
 DEVICE void store16(bf16 *p, const float v[8])
 {
     __stcs((uint4 *)p,
            make_uint4(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7])));
+}
+
+DEVICE void spread_store(float *p, const float v[8])
+{
+    store16(p + threadIdx.x % 32 * 4, v);
+    store16(p + 128 + threadIdx.x % 32 * 4, v + 4);
+}
+
+DEVICE void spread_store(f16 *p, const float v[8])
+{
+    __stcs((uint2 *)p + threadIdx.x % 32, make_uint2(f16_pair(v[0], v[1]), f16_pair(v[2], v[3])));
+    __stcs((uint2 *)p + 32 + threadIdx.x % 32, make_uint2(f16_pair(v[4], v[5]), f16_pair(v[6], v[7])));
+}
+
+DEVICE void spread_store(bf16 *p, const float v[8])
+{
+    __stcs((uint2 *)p + threadIdx.x % 32, make_uint2(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3])));
+    __stcs((uint2 *)p + 32 + threadIdx.x % 32, make_uint2(bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7])));
 }
 
 template <typename T> DEVICE void store16_some(T *p, int count, int vector, const float *v)
@@ -188,48 +248,95 @@ DEVICE float max_or_nan(float a, float b)
 #endif
 }
 
-/* NaN does not count (NUMERICS rule 2).  *special: there is one, or an infinity. */
-DEVICE float absmax8(const float v[8], bool *special)
-{
-    float m = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        m = max_or_nan(m, fabsf(v[i]));
-    *special = !(m <= FLOAT_MAX);
-    if (*special) {
-        m = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            m = fmaxf(m, fabsf(v[i]));
-    }
-    return m;
-}
-
-/* Of values that are all finite. */
-DEVICE float finite_max8(const float v[8])
+/* Bits of the largest magnitude; above INFINITE where one is NaN, equal to it where one is infinite. */
+enum { INFINITE = 0x7f800000 };
+DEVICE unsigned absmax8_bits(const float v[8])
 {
     float m = fabsf(v[0]);
 #pragma unroll
     for (int i = 1; i < 8; i++)
+        m = max_or_nan(m, fabsf(v[i]));
+    return __float_as_uint(m) & 0x7fffffffu;
+}
+
+/* The same, but NaN does not count (NUMERICS rule 2). */
+DEVICE unsigned absmax8_bits_no_nan(const float v[8])
+{
+    float m = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
         m = fmaxf(m, fabsf(v[i]));
+    return __float_as_uint(m);
+}
+
+/* Over a warp. */
+DEVICE unsigned warp_max(unsigned m)
+{
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(0xffffffffu, m);
+#else
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2)
+        m = max(m, __shfl_xor_sync(0xffffffffu, m, o));
+    return m;
+#endif
+}
+
+/* Over each aligned group of `lanes` threads of a warp, 4 to 32. */
+DEVICE unsigned lanes_max(unsigned m, int lanes)
+{
+    if (lanes == 32)
+        return warp_max(m);
+    m = max(m, __shfl_xor_sync(0xffffffffu, m, 1));
+    m = max(m, __shfl_xor_sync(0xffffffffu, m, 2));
+    if (lanes > 4)
+        m = max(m, __shfl_xor_sync(0xffffffffu, m, 4));
+    if (lanes > 8)
+        m = max(m, __shfl_xor_sync(0xffffffffu, m, 8));
     return m;
 }
 
-/* Over each aligned group of `lanes` threads, a power of two; more than a warp meet in partial [threads / 32], which the
- * caller does not use again before another barrier. */
-DEVICE float group_max(float m, int lanes, float *partial)
+/* A barrier of each aligned group of `lanes` threads, 32 or more; a block of threads has at most 8 groups, or is one. */
+DEVICE void group_barrier(int lanes)
 {
-    for (int o = 1; o < lanes && o < 32; o *= 2)
-        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, o));
-    if (lanes <= 32)
-        return m;
-    const int warp = (int)threadIdx.x / 32, warps = lanes / 32, first = warp / warps * warps;
-    if (threadIdx.x % 32 == 0)
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + (int)threadIdx.x / lanes), "r"(lanes) : "memory");
+}
+
+/* Over each aligned group of `lanes` threads, 64 to 512, a power of two, given the largest of each warp.  They meet in
+ * partial [threads / 32], which the caller does not use again before another barrier. */
+DEVICE unsigned warps_max(unsigned m, int lanes, unsigned *partial)
+{
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, others = lanes / 32 - 1;
+    if (lane == 0)
         partial[warp] = m;
-    __syncthreads();
-    for (int w = 0; w < warps; w++)
-        m = fmaxf(m, partial[first + w]);
+    group_barrier(lanes);
+    m = partial[(warp & ~others) + (lane & others)];
+    for (int o = 1; o <= others; o *= 2)
+        m = max(m, __shfl_xor_sync(0xffffffffu, m, o));
     return m;
+}
+
+/* The largest magnitude of a block of values, eight to a thread in each of PARTS, `lanes` threads (4 to 512), NaN not
+ * counted.  *special: this warp has NaN or an infinity. */
+template <int PARTS> DEVICE float block_absmax(const float v[][8], int lanes, unsigned *partial, bool *special)
+{
+    const int within = lanes < 32 ? lanes : 32;
+    unsigned m = 0;
+#pragma unroll
+    for (int p = 0; p < PARTS; p++)
+        m = max(m, absmax8_bits(v[p]));
+    m = lanes_max(m, within);
+    *special = __any_sync(0xffffffffu, m >= INFINITE);
+    if (*special) {
+        m = 0;
+#pragma unroll
+        for (int p = 0; p < PARTS; p++)
+            m = max(m, absmax8_bits_no_nan(v[p]));
+        m = lanes_max(m, within);
+    }
+    if (lanes > 32)
+        m = warps_max(m, lanes, partial);
+    return __uint_as_float(m);
 }
 
 #endif

@@ -19,13 +19,23 @@ enum { ENCODE_UNSIGNED, ENCODE_SIGNED, ENCODE_SORTED };
  * sum with a float's bits within the cell is 2^18 times its code, and a rest.  A cell without a threshold: the code. */
 enum { CELL_UNIT = 18 };
 
+enum { MAP_COPIES = 4 };
+
 /* In shared memory.  CELLS: BNB_CELLS_UNSIGNED or BNB_CELLS_SIGNED, or the larger one where either map may come. */
 template <int CELLS> struct map8 {
-    unsigned cell[CELLS];
-    float value[256];
-    float limit[256]; /* the midpoint above each value, of a map that is not a default one */
+    union {
+        unsigned cell[CELLS];
+        float limit[256]; /* the midpoint above each value, of a map that is not a default one */
+    };
+    float value[256][MAP_COPIES];
     int kind, zero;
 };
+
+/* The value of a code, from the copy that a lane shares with few others: codes of a warp meet in fewer banks then. */
+template <int CELLS> DEVICE float value_at(const struct map8<CELLS> *m, unsigned code)
+{
+    return m->value[code][threadIdx.x % MAP_COPIES];
+}
 
 /* The bits of a float are a piecewise linear log2: log10(2) / 2^23 per bit; the decade, or one less. */
 DEVICE int closed_form(float a, const struct bnb_dynamic_form *f)
@@ -46,7 +56,8 @@ template <int CELLS> DEVICE void map8_load(struct map8<CELLS> *m, const float *m
     int differs = 0; /* bit k: from default map k */
     for (int k = (int)threadIdx.x; k < 256; k += (int)blockDim.x) {
         const float v = map[k];
-        m->value[k] = v;
+        for (int c = 0; c < MAP_COPIES; c++)
+            m->value[k][c] = v;
         differs |= (__float_as_uint(v) != __float_as_uint(bnb_default_map[0][k])) |
                    (__float_as_uint(v) != __float_as_uint(bnb_default_map[1][k])) << 1;
     }
@@ -55,7 +66,7 @@ template <int CELLS> DEVICE void map8_load(struct map8<CELLS> *m, const float *m
     const int kind = only < 0 || found == only ? found : ENCODE_SORTED;
     if (kind == ENCODE_SORTED) {
         for (int k = (int)threadIdx.x; k < 256; k += (int)blockDim.x)
-            m->limit[k] = k < 255 ? (m->value[k] + m->value[k + 1]) * 0.5f : FLOAT_MAX;
+            m->limit[k] = k < 255 ? (m->value[k][0] + m->value[k + 1][0]) * 0.5f : FLOAT_MAX;
     } else {
         const struct bnb_dynamic_form *form = &bnb_default_form[kind];
         const int shift = mantissa_shift(kind), cells = kind == ENCODE_SIGNED ? BNB_CELLS_SIGNED : BNB_CELLS_UNSIGNED;

@@ -145,4 +145,74 @@ struct bnb_cuda_carry {
     unsigned word[BNB_CUDA_CARRIED / 4];
 };
 
+/* ---- products */
+
+/* type: bnb_type4, or 0 where g.code is memory of the device.  shift: of a block.  Every row of the weight begins a whole
+ * group of eight: `whole`; x (and codes, of few rows) can be read, and out written, in wide accesses: vector, store. */
+struct bnb_cuda_gemm4 {
+    struct bnb_gemm4_block g;
+    int type, shift, whole, vector, store;
+};
+
+/* count: how many columns of outliers there are; NULL: g.outliers.  codes, vector, store: a and b, x, and out can be moved
+ * in wide accesses. */
+struct bnb_cuda_gemm8 {
+    struct bnb_gemm8_block g;
+    const int64_t *count;
+    int codes, vector, store;
+};
+
+/* lanes: threads of a row, 32 or 256. */
+struct bnb_cuda_rows8 {
+    struct bnb_rows_args a;
+    int lanes, vector;
+};
+
+struct bnb_cuda_derows8 {
+    struct bnb_derows_args a;
+    int vector;
+};
+
+/* flags [n] -> columns [n], of which *count are written */
+struct bnb_cuda_outliers8 {
+    const uint8_t *flags;
+    int64_t *columns, *count;
+    int64_t n;
+};
+
+/* x [rows, cols] and columns [count] -> out [rows, count]; elements of `size` bytes */
+struct bnb_cuda_gather8 {
+    const void *x;
+    const int64_t *columns;
+    void *out;
+    int64_t rows, cols, count;
+    int size;
+};
+
+/* ---- quantiles */
+
+enum { BNB_CUDA_RANKS = 256 };
+
+/* A wanted rank: the bits of its key found so far, the rest zero, and its rank among the values with these bits. */
+struct bnb_cuda_target {
+    int64_t rank;
+    uint32_t key;
+};
+
+/* Workspace is zero at first.  Widths are in bits; a block of threads has 1 << spread counters in its second pass. */
+struct bnb_cuda_quantile {
+    const void *x;
+    int64_t n;
+    struct bnb_cuda_target *targets[2]; /* [count], after the first pass and after the second          */
+    uint64_t *groups;                   /* [(1 << first) / 32] sums of the counters of the first digit */
+    uint64_t *counts[3];                /* [1 << first], [1 << spread], [256 << rest of the key]       */
+    float *out;                         /* [count]                                                     */
+    int count, first, spread, lines;    /* lines: of the cache of counters of the third pass           */
+};
+
+struct bnb_cuda_ranks {
+    struct bnb_cuda_quantile q;
+    int64_t rank[BNB_CUDA_RANKS];
+};
+
 #endif

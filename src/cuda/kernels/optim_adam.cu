@@ -8,7 +8,7 @@ extern "C" __global__ void __launch_bounds__(256, 4) bnb_k_optim_adam(const stru
     optim_step<BNB_RULE_ADAM>(o);
 }
 
-extern "C" __global__ void __launch_bounds__(128) bnb_k_norms_adam(const struct bnb_cuda_optim o)
+extern "C" __global__ void __launch_bounds__(128, 6) bnb_k_norms_adam(const struct bnb_cuda_optim o)
 {
     optim_norms<BNB_RULE_ADAM>(o);
 }

@@ -34,59 +34,110 @@ DEVICE double squares_of(const float *four)
     return sum;
 }
 
-DEVICE void lay_out(float *four, int b, const float v[8])
+/* A lane's eight values as the b-th of four blocks. */
+template <int LAY> DEVICE void lay_out(float *four, int b, const float v[8])
 {
-    float4 *to = (float4 *)(four + b * NORM_STRIDE + (int)threadIdx.x % 32 * 8);
-    to[0] = make_float4(v[0], v[1], v[2], v[3]);
-    to[1] = make_float4(v[4], v[5], v[6], v[7]);
+    const int lane = (int)threadIdx.x % 32;
+    float4 *to = (float4 *)(four + b * NORM_STRIDE);
+    to[LAY == SPREAD ? lane : 2 * lane] = make_float4(v[0], v[1], v[2], v[3]);
+    to[LAY == SPREAD ? lane + 32 : 2 * lane + 1] = make_float4(v[4], v[5], v[6], v[7]);
 }
 
-/* u and p of a block, 0 behind the end of the tensor, where u may be 0 / 0. */
-template <int RULE, typename T, int BITS>
-DEVICE void measure_block(const struct bnb_cuda_tensor *t, int64_t block, const ieee::rule_scalars *k,
-                          const float *const map[2], float u[8], float p[8])
+/* u, p and the new states of a lane's eight elements of a block. */
+template <int RULE, typename T, int BITS, bool PLAIN, bool CAREFUL>
+DEVICE void measure_lane(const struct block_in_flight<T, BITS> &b, int count, const typename rules<T>::scalars *k,
+                         const float *const map[2], float u[8], float p[8], float s[][8])
 {
-    struct block_in_flight<T, BITS> b;
-    float g[8], s[BNB_MAX_STATES][8];
-    const int count = count8(t->n, block * OPTIM_BLOCK + (int)threadIdx.x % 32 * 8);
-    if (t->vector && (block + 1) * OPTIM_BLOCK <= t->n)
-        block_load<RULE, true>(&b, t, block, 8);
-    else
-        block_load<RULE, false>(&b, t, block, count);
+    float g[8];
     raw8_values(b.p, p);
     raw8_values(b.g, g);
 #pragma unroll
     for (int j = 0; j < rule_states(RULE); j++)
-        decode_state(b.state[j], map[j == 1], count, s[j]);
+        decode_state<1>(b.state[j], map[j == 1], count, s[j]);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        struct ieee::rule_state x;
+        typename rules<T>::state x;
         x.p = p[i];
 #pragma unroll
         for (int j = 0; j < rule_states(RULE); j++)
             x.s[j] = s[j][i];
-        ieee::rule_step(RULE, BITS, false, g[i], &x, k);
-        u[i] = i < count ? x.u : 0.0f;
+        rules<T>::step(RULE, CAREFUL ? BITS : 32, PLAIN, g[i], &x, k);
+        u[i] = i < count ? x.u : 0.0f; /* behind the end it may be 0 / 0 */
+#pragma unroll
+        for (int j = 0; j < rule_states(RULE); j++)
+            s[j][i] = x.s[j];
+    }
+}
+
+/* Four blocks that are laid out, added to the sums. */
+DEVICE void add_laid_out(const float *updates, const float *parameters, double sums[2])
+{
+    __syncwarp();
+    sums[0] = add_four(sums[0], squares_of(updates));
+    sums[1] = add_four(sums[1], squares_of(parameters));
+    __syncwarp();
+}
+
+/* A run of whole blocks, aligned, without skip_zeros.  False: a new state is not finite, and the sums are worth nothing. */
+template <int RULE, typename T, int BITS, bool PLAIN>
+DEVICE bool measure_whole(const struct bnb_cuda_tensor *t, int64_t run, const struct bnb_optim_scalars *scalars,
+                          const float *const map[2], float *updates, float *parameters, double sums[2])
+{
+    const typename rules<T>::scalars k = rules<T>::load(scalars);
+    unsigned largest = 0;
+    for (int64_t block = run * RUN_BLOCKS; block < (run + 1) * RUN_BLOCKS; block += 4) {
+#pragma unroll 1
+        for (int i = 0; i < 4; i++) {
+            struct block_in_flight<T, BITS> b;
+            float u[8], p[8], s[BNB_MAX_STATES][8];
+            block_load<RULE, SPREAD>(&b, t, block + i, 8);
+            measure_lane<RULE, T, BITS, PLAIN, false>(b, 8, &k, map, u, p, s);
+#pragma unroll
+            for (int j = 0; j < rule_states(RULE); j++)
+                largest = max(largest, absmax8_bits(s[j]));
+            lay_out<SPREAD>(updates, i, u);
+            lay_out<SPREAD>(parameters, i, p);
+        }
+        add_laid_out(updates, parameters, sums);
+    }
+    return BITS == 32 || warp_max(largest) < INFINITE;
+}
+
+/* Any run. */
+template <int RULE, typename T, int BITS>
+static __device__ __noinline__ void measure_any(const struct bnb_cuda_tensor *t, int64_t run,
+                                                const struct bnb_optim_scalars *scalars, const float *const map[2],
+                                                float *updates, float *parameters, double sums[2])
+{
+    const typename rules<T>::scalars k = rules<T>::load(scalars);
+    const int64_t blocks = (t->n + OPTIM_BLOCK - 1) / OPTIM_BLOCK, end = (run + 1) * RUN_BLOCKS;
+    sums[0] = sums[1] = 0.0;
+    for (int64_t block = run * RUN_BLOCKS; block < end && block < blocks; block += 4) {
+        for (int i = 0; i < 4; i++) {
+            struct block_in_flight<T, BITS> b;
+            float u[8], p[8], s[BNB_MAX_STATES][8];
+            const int count = count8(t->n, (block + i) * OPTIM_BLOCK + (int)threadIdx.x % 32 * 8);
+            block_load<RULE, ANY>(&b, t, block + i < blocks ? block + i : block, count);
+            measure_lane<RULE, T, BITS, false, true>(b, count, &k, map, u, p, s);
+            lay_out<ANY>(updates, i, u);
+            lay_out<ANY>(parameters, i, p);
+        }
+        add_laid_out(updates, parameters, sums);
     }
 }
 
 template <int RULE, typename T, int BITS>
-DEVICE void measure_run(const struct bnb_cuda_tensor *t, int64_t run, const ieee::rule_scalars *k,
+DEVICE void measure_run(const struct bnb_cuda_tensor *t, int64_t run, const struct bnb_optim_scalars *scalars,
                         const float *const map[2], float *updates, float *parameters, double sums[2])
 {
-    const int64_t blocks = (t->n + OPTIM_BLOCK - 1) / OPTIM_BLOCK, first = run * RUN_BLOCKS;
-    for (int64_t block = first; block < first + RUN_BLOCKS && block < blocks; block += 4) {
-        for (int b = 0; b < 4; b++) {
-            float u[8], p[8];
-            measure_block<RULE, T, BITS>(t, block + b, k, map, u, p);
-            lay_out(updates, b, u);
-            lay_out(parameters, b, p);
-        }
-        __syncwarp();
-        sums[0] = add_four(sums[0], squares_of(updates));
-        sums[1] = add_four(sums[1], squares_of(parameters));
-        __syncwarp();
-    }
+    const bool simple = t->vector && !scalars->skip_zeros && (run + 1) * RUN_BLOCKS * OPTIM_BLOCK <= t->n;
+    bool known = false;
+    if (simple && scalars->coupled > 0.0f)
+        known = measure_whole<RULE, T, BITS, false>(t, run, scalars, map, updates, parameters, sums);
+    else if (simple)
+        known = measure_whole<RULE, T, BITS, true>(t, run, scalars, map, updates, parameters, sums);
+    if (!known)
+        measure_any<RULE, T, BITS>(t, run, scalars, map, updates, parameters, sums);
 }
 
 /* A warp takes a run at a time; 128 threads. */
@@ -106,21 +157,21 @@ template <int RULE> DEVICE void optim_norms(const struct bnb_cuda_optim &o)
          run += (int64_t)gridDim.x * NORM_WARPS) {
         const struct bnb_cuda_tensor *t = &o.tensors[entry_of(o.tensors, o.count, run)];
         const struct bnb_optim_plan *plan = &o.plans[t->plan];
-        const ieee::rule_scalars k = ieee::rule_load(&plan->scalars);
+        const struct bnb_optim_scalars *k = &plan->scalars;
         const int64_t own = run - t->first;
         double sums[2] = {0.0, 0.0};
         if (t->dtype == BNB_CUDA_BF16 && t->bits == 8)
-            measure_run<RULE, bf16, 8>(t, own, &k, map, updates, parameters, sums);
+            measure_run<RULE, bf16, 8>(t, own, k, map, updates, parameters, sums);
         else if (t->dtype == BNB_CUDA_BF16)
-            measure_run<RULE, bf16, 32>(t, own, &k, map, updates, parameters, sums);
+            measure_run<RULE, bf16, 32>(t, own, k, map, updates, parameters, sums);
         else if (t->dtype == BNB_CUDA_F16 && t->bits == 8)
-            measure_run<RULE, f16, 8>(t, own, &k, map, updates, parameters, sums);
+            measure_run<RULE, f16, 8>(t, own, k, map, updates, parameters, sums);
         else if (t->dtype == BNB_CUDA_F16)
-            measure_run<RULE, f16, 32>(t, own, &k, map, updates, parameters, sums);
+            measure_run<RULE, f16, 32>(t, own, k, map, updates, parameters, sums);
         else if (t->bits == 8)
-            measure_run<RULE, float, 8>(t, own, &k, map, updates, parameters, sums);
+            measure_run<RULE, float, 8>(t, own, k, map, updates, parameters, sums);
         else
-            measure_run<RULE, float, 32>(t, own, &k, map, updates, parameters, sums);
+            measure_run<RULE, float, 32>(t, own, k, map, updates, parameters, sums);
         if (threadIdx.x % 32 == 0) {
             o.partial[2 * run] = sums[0] * (plan->direction * plan->direction);
             o.partial[2 * run + 1] = sums[1];

@@ -63,23 +63,30 @@ extern "C" __global__ void __launch_bounds__(256) bnb_k_squares(const struct bnb
     }
 }
 
-/* A warp adds up the runs of a tensor, in order: it loads 32 at once, and adds them one by one. */
+/* A warp adds up the runs of a tensor, in order: all lanes fetch, one lane for each of the sums adds. */
 extern "C" __global__ void __launch_bounds__(256) bnb_k_total(const struct bnb_cuda_total q)
 {
-    const int i = (int)(blockIdx.x * 8 + threadIdx.x / 32), lane = (int)threadIdx.x % 32;
+    enum { FETCH = 64 };
+    __shared__ double fetched[8][2 * FETCH];
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, i = (int)(blockIdx.x * 8) + warp;
     if (i >= q.count)
         return;
-    for (int k = 0; k < q.width; k++) {
-        double sum = 0.0;
-        for (int64_t run = q.first[i]; run < q.first[i + 1]; run += 32) {
-            const int64_t own = run + lane;
-            const double value = own < q.first[i + 1] ? q.partial[2 * own + k] : 0.0;
-            for (int j = 0; j < 32 && run + j < q.first[i + 1]; j++)
-                sum += __shfl_sync(0xffffffffu, value, j);
+    const int64_t first = 2 * q.first[i], end = 2 * q.first[i + 1];
+    double sum = 0.0;
+    for (int64_t at = first; at < end; at += 2 * FETCH) {
+#pragma unroll
+        for (int j = lane; j < 2 * FETCH; j += 32)
+            fetched[warp][j] = at + j < end ? q.partial[at + j] : 0.0; /* adding 0 changes no sum of squares */
+        __syncwarp();
+        if (lane < q.width) {
+#pragma unroll 16
+            for (int j = 0; j < FETCH; j++)
+                sum += fetched[warp][2 * j + lane];
         }
-        if (lane == 0)
-            q.norms[(int64_t)q.width * i + k] = sum;
+        __syncwarp();
     }
+    if (lane < q.width)
+        q.norms[(int64_t)q.width * i + lane] = sum;
 }
 
 /* 128 threads for each gradient: its norm enters the history, and the limit is found by counting what is smaller. */

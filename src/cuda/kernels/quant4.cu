@@ -20,24 +20,30 @@ DEVICE unsigned encode_nf4(float u, const struct bnb_bin4 *bins)
 
 DEVICE unsigned encode_fp4(float u, const struct bnb_bin4 *bins)
 {
-    const int count = count_below(fabsf(u), 12582912.0f, bins);
-    return (BNB_FP4_ORDER >> 4 * count & 7u) | (u < 0.0f ? 8u : 0u);
+    const unsigned count = (unsigned)count_below(fabsf(u), 12582912.0f, bins);
+    const unsigned code = __byte_perm(BNB_FP4_ORDER_LOW, BNB_FP4_ORDER_HIGH, count); /* byte `count` of eight */
+    return u < 0.0f ? code | 8u : code;
 }
 
 /* Eight codes as they lie in memory: element 0 in the high nibble of the lowest byte.  NUMERICS rules 3, 6 and 7.
- * special: a value may be NaN or infinite, so that u is NaN, whose code is 0. */
-template <int TYPE> DEVICE unsigned encode4_word(const float v[8], float r, bool special, const struct bnb_bin4 *bins)
+ * SPECIAL: a value may be NaN or infinite, so that u is NaN, whose code is 0. */
+template <int TYPE, bool SPECIAL> DEVICE unsigned encode4_codes(const float v[8], float r, const struct bnb_bin4 *bins)
 {
     unsigned word = 0;
 #pragma unroll
     for (int j = 7; j >= 0; j--) {
         float u = v[j ^ 1] * r;
-        const bool nan = special && !(u == u);
+        const bool nan = SPECIAL && !(u == u);
         u = nan ? 0.0f : u;
         const unsigned code = TYPE == TYPE_NF4 ? encode_nf4(u, bins) : encode_fp4(u, bins);
         word = word * 16 + (nan ? 0u : code);
     }
     return word;
+}
+
+template <int TYPE> DEVICE unsigned encode4_word(const float v[8], float r, bool special, const struct bnb_bin4 *bins)
+{
+    return special ? encode4_codes<TYPE, true>(v, r, bins) : encode4_codes<TYPE, false>(v, r, bins);
 }
 
 /* The codes of `count` of eight elements, or of four. */

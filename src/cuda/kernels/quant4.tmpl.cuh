@@ -9,7 +9,7 @@
 /* The eight elements of each thread from `at` on, `rounds` times, `step` apart.  FULL: all of them are there, and aligned. */
 template <int TYPE, bool FULL>
 DEVICE void NAME(quant4_rounds)(const struct bnb_cuda_quant4 &q, int64_t at, int64_t rounds, int64_t step,
-                                const struct bnb_bin4 *bins, float (*partial)[16])
+                                const struct bnb_bin4 *bins, unsigned (*partial)[16])
 {
     const int lanes = 1 << (q.shift - 3);
     const T *x = (const T *)q.a.x;
@@ -23,7 +23,7 @@ DEVICE void NAME(quant4_rounds)(const struct bnb_cuda_quant4 &q, int64_t at, int
         if (round + 1 < rounds)
             next = raw8_load(x + at + step, FULL ? 8 : count8(q.a.n, at + step), FULL);
         bool special;
-        const float absmax = group_max(absmax8(v, &special), lanes, partial[round & 1]), r = 1.0f / absmax;
+        const float absmax = block_absmax<1>(&v, lanes, partial[round & 1], &special), r = 1.0f / absmax;
         unsigned word = TYPE == TYPE_NF4 ? 0x77777777u : 0u;
         if (r <= FLOAT_MAX)
             word = encode4_word<TYPE>(v, r, special, bins);
@@ -39,7 +39,7 @@ DEVICE void NAME(quant4_rounds)(const struct bnb_cuda_quant4 &q, int64_t at, int
 
 /* Blocks of threads take turns; what is left at the end, and memory that is not aligned, goes the careful way. */
 template <int TYPE>
-DEVICE void NAME(quant4_tiles)(const struct bnb_cuda_quant4 &q, const struct bnb_bin4 *bins, float (*partial)[16])
+DEVICE void NAME(quant4_tiles)(const struct bnb_cuda_quant4 &q, const struct bnb_bin4 *bins, unsigned (*partial)[16])
 {
     const int64_t n = q.a.n, tile = (int64_t)blockDim.x * 8, step = gridDim.x * tile, first = blockIdx.x * tile;
     const int64_t rounds = first < n ? (n - first + step - 1) / step : 0;
@@ -49,9 +49,45 @@ DEVICE void NAME(quant4_tiles)(const struct bnb_cuda_quant4 &q, const struct bnb
     NAME(quant4_rounds)<TYPE, false>(q, first + whole * step + threadIdx.x * 8, rounds - whole, step, bins, partial);
 }
 
+/* Whole, aligned blocks of 512 to 4096: a thread holds four times eight elements, so that few warps have to meet. */
+template <int TYPE>
+DEVICE void NAME(quant4_wide)(const struct bnb_cuda_quant4 &q, const struct bnb_bin4 *bins, unsigned (*partial)[16])
+{
+    enum { PARTS = 4 };
+    const int lanes = 1 << (q.shift - 5), lane = (int)threadIdx.x & (lanes - 1);
+    const int64_t blocks = q.a.n >> q.shift, step = (int64_t)gridDim.x * (blockDim.x / lanes);
+    int64_t block = (int64_t)blockIdx.x * (blockDim.x / lanes) + (int)threadIdx.x / lanes;
+    const int64_t rounds = (blocks + step - 1) / step;
+    for (int64_t round = 0; round < rounds; round++, block += step) {
+        const bool there = block < blocks;
+        const int64_t at = ((there ? block : 0) << q.shift) + lane * 8;
+        struct raw8<T> raw[PARTS];
+        float v[PARTS][8];
+#pragma unroll
+        for (int p = 0; p < PARTS; p++)
+            raw[p] = raw8_load((const T *)q.a.x + at + p * lanes * 8, 8, 1);
+#pragma unroll
+        for (int p = 0; p < PARTS; p++)
+            raw8_values(raw[p], v[p]);
+        bool special;
+        const float absmax = block_absmax<PARTS>(v, lanes, partial[round & 1], &special), r = 1.0f / absmax;
+        if (!there)
+            continue;
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+            unsigned word = TYPE == TYPE_NF4 ? 0x77777777u : 0u;
+            if (r <= FLOAT_MAX)
+                word = encode4_word<TYPE>(v[p], r, special, bins);
+            __stcs((unsigned *)(q.a.codes + (at + p * lanes * 8) / 2), word);
+        }
+        if (lane == 0)
+            q.a.absmax[block] = absmax;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(512, 3) NAME(bnb_k_quant4)(const struct bnb_cuda_quant4 q)
 {
-    __shared__ float partial[2][16];
+    __shared__ unsigned partial[2][16];
     __shared__ struct bnb_bin4 bins[33];
     if (threadIdx.x < 33)
         bins[threadIdx.x] = bnb_bins[q.a.type - 1][threadIdx.x];
@@ -60,6 +96,20 @@ extern "C" __global__ void __launch_bounds__(512, 3) NAME(bnb_k_quant4)(const st
         NAME(quant4_tiles)<TYPE_NF4>(q, bins, partial);
     else
         NAME(quant4_tiles)<TYPE_FP4>(q, bins, partial);
+}
+
+/* The whole blocks of 512 to 4096 of aligned memory. */
+extern "C" __global__ void __launch_bounds__(256, 4) NAME(bnb_k_quant4_wide)(const struct bnb_cuda_quant4 q)
+{
+    __shared__ unsigned partial[2][16];
+    __shared__ struct bnb_bin4 bins[33];
+    if (threadIdx.x < 33)
+        bins[threadIdx.x] = bnb_bins[q.a.type - 1][threadIdx.x];
+    __syncthreads();
+    if (q.a.type == TYPE_NF4)
+        NAME(quant4_wide)<TYPE_NF4>(q, bins, partial);
+    else
+        NAME(quant4_wide)<TYPE_FP4>(q, bins, partial);
 }
 
 /* A thread writes 16 bytes at a time: eight elements, or twice four; several are under way at once. */

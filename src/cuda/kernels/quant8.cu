@@ -3,19 +3,25 @@
  */
 #include "cuda/kernels/encode8.cuh"
 
-/* Four codes; special: a value may be NaN or infinite, so that u is NaN, whose code is 0. */
-template <int KIND, int CELLS>
-DEVICE unsigned encode8_word(const float v[4], float r, bool special, const struct map8<CELLS> *map)
+/* Four codes; SPECIAL: a value may be NaN or infinite, so that u is NaN, whose code is 0. */
+template <int KIND, bool SPECIAL, int CELLS>
+DEVICE unsigned encode8_codes(const float v[4], float r, const struct map8<CELLS> *map)
 {
     unsigned word = 0;
 #pragma unroll
     for (int i = 3; i >= 0; i--) {
         const float u = v[i] * r;
-        const bool nan = special && !(u == u);
+        const bool nan = SPECIAL && !(u == u);
         const int code = encode8<KIND>(nan ? 0.0f : u, map);
         word = word * 256 + (unsigned)(nan ? 0 : code);
     }
     return word;
+}
+
+template <int KIND, int CELLS>
+DEVICE unsigned encode8_word(const float v[4], float r, bool special, const struct map8<CELLS> *map)
+{
+    return special ? encode8_codes<KIND, true>(v, r, map) : encode8_codes<KIND, false>(v, r, map);
 }
 
 /* The codes of `count` of eight elements, or of four. */

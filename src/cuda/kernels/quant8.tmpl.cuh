@@ -9,7 +9,7 @@
 /* The eight elements of each thread from `at` on, `rounds` times, `step` apart.  FULL: all of them are there, and aligned. */
 template <int KIND, bool FULL>
 DEVICE void NAME(quant8_rounds)(const struct bnb_cuda_quant8 &q, int64_t at, int64_t rounds, int64_t step,
-                                const struct map8<BNB_CELLS_UNSIGNED> *map, float (*partial)[16])
+                                const struct map8<BNB_CELLS_UNSIGNED> *map, unsigned (*partial)[16])
 {
     const int lanes = 1 << (q.shift - 3);
     const T *x = (const T *)q.a.x;
@@ -23,7 +23,7 @@ DEVICE void NAME(quant8_rounds)(const struct bnb_cuda_quant8 &q, int64_t at, int
         if (round + 1 < rounds)
             next = raw8_load(x + at + step, FULL ? 8 : count8(q.a.n, at + step), FULL);
         bool special;
-        const float absmax = group_max(absmax8(v, &special), lanes, partial[round & 1]), r = 1.0f / absmax;
+        const float absmax = block_absmax<1>(&v, lanes, partial[round & 1], &special), r = 1.0f / absmax;
         const unsigned zeros = (unsigned)map->zero * 0x01010101u;
         unsigned word[2] = {zeros, zeros};
         if (r <= FLOAT_MAX) {
@@ -42,7 +42,7 @@ DEVICE void NAME(quant8_rounds)(const struct bnb_cuda_quant8 &q, int64_t at, int
 /* Blocks of threads take turns; what is left at the end, and memory that is not aligned, goes the careful way. */
 template <int KIND>
 DEVICE void NAME(quant8_tiles)(const struct bnb_cuda_quant8 &q, const struct map8<BNB_CELLS_UNSIGNED> *map,
-                               float (*partial)[16])
+                               unsigned (*partial)[16])
 {
     const int64_t n = q.a.n, tile = (int64_t)blockDim.x * 8, step = gridDim.x * tile, first = blockIdx.x * tile;
     const int64_t rounds = first < n ? (n - first + step - 1) / step : 0;
@@ -52,10 +52,50 @@ DEVICE void NAME(quant8_tiles)(const struct bnb_cuda_quant8 &q, const struct map
     NAME(quant8_rounds)<KIND, false>(q, first + whole * step + threadIdx.x * 8, rounds - whole, step, map, partial);
 }
 
+/* Whole, aligned blocks of 512 to 4096: a thread holds four times eight elements, so that few warps have to meet. */
+template <int KIND>
+DEVICE void NAME(quant8_wide)(const struct bnb_cuda_quant8 &q, const struct map8<BNB_CELLS_UNSIGNED> *map,
+                              unsigned (*partial)[16])
+{
+    enum { PARTS = 4 };
+    const int lanes = 1 << (q.shift - 5), lane = (int)threadIdx.x & (lanes - 1);
+    const int64_t blocks = q.a.n >> q.shift, step = (int64_t)gridDim.x * (blockDim.x / lanes);
+    int64_t block = (int64_t)blockIdx.x * (blockDim.x / lanes) + (int)threadIdx.x / lanes;
+    const int64_t rounds = (blocks + step - 1) / step;
+    for (int64_t round = 0; round < rounds; round++, block += step) {
+        const bool there = block < blocks;
+        const int64_t at = ((there ? block : 0) << q.shift) + lane * 8;
+        struct raw8<T> raw[PARTS];
+        float v[PARTS][8];
+#pragma unroll
+        for (int p = 0; p < PARTS; p++)
+            raw[p] = raw8_load((const T *)q.a.x + at + p * lanes * 8, 8, 1);
+#pragma unroll
+        for (int p = 0; p < PARTS; p++)
+            raw8_values(raw[p], v[p]);
+        bool special;
+        const float absmax = block_absmax<PARTS>(v, lanes, partial[round & 1], &special), r = 1.0f / absmax;
+        const unsigned zeros = (unsigned)map->zero * 0x01010101u;
+        if (!there)
+            continue;
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+            unsigned word[2] = {zeros, zeros};
+            if (r <= FLOAT_MAX) {
+                word[0] = encode8_word<KIND>(v[p], r, special, map);
+                word[1] = encode8_word<KIND>(v[p] + 4, r, special, map);
+            }
+            __stcs((uint2 *)(q.a.codes + at + p * lanes * 8), make_uint2(word[0], word[1]));
+        }
+        if (lane == 0)
+            q.a.absmax[block] = absmax;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(512, 3) NAME(bnb_k_quant8)(const struct bnb_cuda_quant8 q)
 {
     __shared__ struct map8<BNB_CELLS_UNSIGNED> map;
-    __shared__ float partial[2][16];
+    __shared__ unsigned partial[2][16];
     map8_load(&map, q.a.map.code, -1);
     if (map.kind == ENCODE_SIGNED)
         NAME(quant8_tiles)<ENCODE_SIGNED>(q, &map, partial);
@@ -65,11 +105,25 @@ extern "C" __global__ void __launch_bounds__(512, 3) NAME(bnb_k_quant8)(const st
         NAME(quant8_tiles)<ENCODE_SORTED>(q, &map, partial);
 }
 
+/* The whole blocks of 512 to 4096 of aligned memory. */
+extern "C" __global__ void __launch_bounds__(256, 4) NAME(bnb_k_quant8_wide)(const struct bnb_cuda_quant8 q)
+{
+    __shared__ struct map8<BNB_CELLS_UNSIGNED> map;
+    __shared__ unsigned partial[2][16];
+    map8_load(&map, q.a.map.code, -1);
+    if (map.kind == ENCODE_SIGNED)
+        NAME(quant8_wide)<ENCODE_SIGNED>(q, &map, partial);
+    else if (map.kind == ENCODE_UNSIGNED)
+        NAME(quant8_wide)<ENCODE_UNSIGNED>(q, &map, partial);
+    else
+        NAME(quant8_wide)<ENCODE_SORTED>(q, &map, partial);
+}
+
 /* Any block: `lanes` threads, 32 or 256, share one. */
 extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_quant8_any)(const struct bnb_cuda_quant8 q)
 {
     __shared__ struct map8<BNB_CELLS_UNSIGNED> map;
-    __shared__ float partial[8];
+    __shared__ unsigned partial[8];
     map8_load(&map, q.a.map.code, -1);
     const int lane = (int)threadIdx.x % q.lanes, groups = 256 / q.lanes;
     const int64_t n = q.a.n, blocks = n / q.a.block + (n % q.a.block != 0);
@@ -80,7 +134,10 @@ extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_quant8_any)(const s
         float absmax = 0.0f;
         for (int64_t i = lane; i < size; i += q.lanes)
             absmax = fmaxf(absmax, fabsf(value_of(x + i)));
-        absmax = group_max(absmax, q.lanes, partial);
+        unsigned m = warp_max(__float_as_uint(absmax));
+        if (q.lanes > 32)
+            m = warps_max(m, q.lanes, partial);
+        absmax = __uint_as_float(m);
         const float r = 1.0f / absmax;
         for (int64_t i = lane; i < size; i += q.lanes) {
             const float u = value_of(x + i) * r;

@@ -1,0 +1,104 @@
+/*
+ * rows8.tmpl.cuh - LLM.int8()'s quantisers (template: included by rows8.cu once per dtype)
+ *
+ * A row belongs to a warp, or to a block of threads where it is long: the largest magnitude first, then the codes.
+ * Columns are read by rows of threads, each for one column of 64 rows; their largest magnitudes meet in an atomic maximum,
+ * whose result does not depend on the order.
+ * In: T, NAME.  Source: Dettmers et al. 2022, "LLM.int8()", section 3.
+ */
+
+/* The largest magnitude that this thread sees of a row; flags the columns of outliers. */
+DEVICE unsigned NAME(row_bits)(const struct bnb_cuda_rows8 &q, const T *x, int lane)
+{
+    unsigned largest = 0;
+    for (int64_t at = lane * 8; at < q.a.cols; at += q.lanes * 8) {
+        const int count = count8(q.a.cols, at);
+        float v[8];
+        raw8_values(raw8_load(x + at, count, q.vector), v);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            largest = max(largest, stat_bits(v[i], q.a.threshold));
+        if (!q.a.outlier)
+            continue;
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (i < count && is_outlier(fabsf(v[i]), q.a.threshold))
+                q.a.outlier[at + i] = 1; /* other rows may write the same */
+    }
+    return largest;
+}
+
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_rows8)(const struct bnb_cuda_rows8 q)
+{
+    __shared__ unsigned partial[8];
+    const int groups = 256 / q.lanes, lane = (int)threadIdx.x % q.lanes;
+    const int64_t step = (int64_t)gridDim.x * groups;
+    for (int64_t row = (int64_t)blockIdx.x * groups + (int)threadIdx.x / q.lanes; row < q.a.rows; row += step) {
+        const T *x = (const T *)q.a.x + row * q.a.cols;
+        int8_t *codes = q.a.codes + row * q.a.cols;
+        const float stat = __uint_as_float(largest_bits(NAME(row_bits)(q, x, lane), q.lanes, partial));
+        const float r = 127.0f / stat;
+        if (lane == 0)
+            q.a.stats[row] = stat;
+        for (int64_t at = lane * 8; at < q.a.cols; at += q.lanes * 8) {
+            const int count = count8(q.a.cols, at);
+            float v[8];
+            int c[8];
+            raw8_values(raw8_load(x + at, count, q.vector), v);
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                c[i] = code8_of(v[i], r, q.a.threshold);
+            store_codes8(codes + at, count, q.vector, c);
+        }
+    }
+}
+
+/* The statistics, which are zero before. */
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_column_stats8)(const struct bnb_rows_args a)
+{
+    const int64_t strips = (a.cols + 255) / 256, work = strips * ((a.rows + 63) / 64);
+    for (int64_t i = blockIdx.x; i < work; i += gridDim.x) {
+        const int64_t column = i % strips * 256 + threadIdx.x, first = i / strips * 64;
+        const int64_t end = first + 64 < a.rows ? first + 64 : a.rows;
+        unsigned largest = 0;
+        for (int64_t r = first; column < a.cols && r < end; r++)
+            largest = max(largest, stat_bits(value_of((const T *)a.x + r * a.cols + column), a.threshold));
+        if (largest > 0)
+            atomicMax((unsigned *)a.stats + column, largest);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_column_codes8)(const struct bnb_rows_args a)
+{
+    const int64_t strips = (a.cols + 255) / 256, work = strips * ((a.rows + 63) / 64);
+    for (int64_t i = blockIdx.x; i < work; i += gridDim.x) {
+        const int64_t column = i % strips * 256 + threadIdx.x, first = i / strips * 64;
+        const int64_t end = first + 64 < a.rows ? first + 64 : a.rows;
+        if (column >= a.cols)
+            continue;
+        const float r = 127.0f / a.stats[column];
+        for (int64_t row = first; row < end; row++) {
+            const int64_t at = row * a.cols + column;
+            a.codes[at] = (int8_t)code8_of(value_of((const T *)a.x + at), r, a.threshold);
+        }
+    }
+}
+
+/* Eight elements of a thread, which may reach into the next row. */
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_derows8)(const struct bnb_cuda_derows8 q)
+{
+    const int64_t n = q.a.rows * q.a.cols, step = (int64_t)gridDim.x * 2048;
+    for (int64_t at = (int64_t)blockIdx.x * 2048 + threadIdx.x * 8; at < n; at += step) {
+        const int count = count8(n, at);
+        int64_t row = at / q.a.cols, column = at - row * q.a.cols;
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (i < count)
+                v[i] = (float)q.a.codes[at + i] * q.a.stats[row] * (1.0f / 127.0f);
+            if (++column == q.a.cols)
+                column = 0, row++;
+        }
+        store8_some((T *)q.a.out + at, count, q.vector, v);
+    }
+}
