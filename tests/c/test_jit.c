@@ -3,7 +3,7 @@
  *
  * BNB_NVRTC=/path/to/libnvrtc.so.13 names the compiler; without one the test is skipped.  Arguments name the images to
  * compile, else all.  `--full` compiles each variant alone for each architecture, as a card would ask; else all variants
- * at once, and alone for the oldest and the newest.
+ * at once, and alone for the oldest and the newest; an image without variants is the same for every dtype.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -60,10 +60,11 @@ static int kernels_in(const void *cubin, const char *end)
     return count;
 }
 
-/* Compile, and look at what came.  Returns the number of kernels. */
-static int compiled(const struct bnb_cuda_image *image, int dtype, int capability)
+/* Compile, and look at what came.  Returns the number of kernels; *varies: are there variants by dtype? */
+static int compiled(const struct bnb_cuda_image *image, int dtype, int capability, bool *varies)
 {
     void *cubin = NULL;
+    *varies = false;
     const bnb_status status = bnb_cuda_compile(image, dtype, capability, "test", &cubin);
     CHECK(status == BNB_OK, "%s, dtype %d, sm_%d: %s", image->name, dtype, capability, bnb_detail());
     if (status)
@@ -77,6 +78,7 @@ static int compiled(const struct bnb_cuda_image *image, int dtype, int capabilit
     for (int other = 0; dtype >= 0 && other < ALONE; other++)
         CHECK(other == dtype || kernels_in(cubin, ending[other]) == 0, "%s: variant %d holds kernels%s", image->name,
               dtype, ending[other]);
+    *varies = kernels_in(cubin, ending[0]) > 0;
     free(cubin);
     return kernels;
 }
@@ -89,17 +91,19 @@ static void every_architecture(const struct bnb_cuda_nvrtc *nvrtc, const struct 
         if (nvrtc->known[a] < 50)
             continue;
         double start = seconds();
-        kernels = compiled(image, -1, nvrtc->known[a]);
+        bool varies, ignored;
+        kernels = compiled(image, -1, nvrtc->known[a], &varies);
         all += seconds() - start;
         const bool oldest = times++ == 0, newest = a == nvrtc->known_count - 1;
         start = seconds();
-        for (int dtype = 0; dtype < ALONE && (full || oldest || newest); dtype++)
-            compiled(image, dtype, nvrtc->known[a]);
-        if (newest)
+        for (int dtype = 0; varies && dtype < ALONE && (full || oldest || newest); dtype++)
+            compiled(image, dtype, nvrtc->known[a], &ignored);
+        if (newest && varies)
             alone = (seconds() - start) / ALONE;
     }
-    printf("%-12s %2d kernels, %2d architectures, %5.0f ms each, one variant for the newest %5.0f ms\n", image->name,
-           kernels, times, 1e3 * all / (times > 0 ? times : 1), 1e3 * alone);
+    printf("%-14s %2d kernels, %2d architectures, %5.0f ms each", image->name, kernels, times,
+           1e3 * all / (times > 0 ? times : 1));
+    printf(alone > 0.0 ? ", one variant for the newest %4.0f ms\n" : "\n", 1e3 * alone);
 }
 
 /* The same code again, from a file that is not touched, and sooner. */
@@ -151,7 +155,8 @@ static void texts_only(const struct bnb_cuda_image *image, int capability)
         CHECK(mkdir(below[i], 0700) == 0, "no folder %s", below[i]);
     for (int i = 0; i < bnb_cuda_header_count; i++)
         jit_file_store(bnb_cuda_headers[i].name, wrong, sizeof wrong - 1);
-    compiled(image, 0, capability);
+    bool ignored;
+    compiled(image, 0, capability, &ignored);
     for (int i = 0; i < bnb_cuda_header_count; i++)
         remove(bnb_cuda_headers[i].name);
     for (size_t i = sizeof below / sizeof below[0]; i > 0; i--)
