@@ -370,6 +370,7 @@ typedef struct bnb_optim_tensor {
     uint64_t seed;            /* of stochastic rounding: one for each parameter                              */
     bnb_dtype dtype;          /* of p and g: f32, f16 or bf16                                                */
     int bits;                 /* of the state: 8 or 32                                                       */
+    bool paged;               /* CUDA: state1 and state2 are page-locked memory of the host, bnb_pages_alloc */
 } bnb_optim_tensor;
 
 /* bnb_optim_config - what the tensors of one step share.  Zero every member that is not used. */
@@ -397,7 +398,20 @@ typedef struct bnb_optim_config {
     bool stochastic_rounding;  /* round 16-bit parameters up or down at random, with the right mean             */
     const float *qmap1;        /* [256] sorted map of 8-bit state1, on the device of the call                   */
     const float *qmap2;        /* [256] sorted map of 8-bit state2, on the device of the call                   */
+    size_t page_bytes;         /* of device memory that paged states pass through; 0: a quarter of their bytes,
+                                  but at most 256 MiB.  Too little to work with is taken as the least that does */
 } bnb_optim_config;
+
+/*
+ * bnb_pages_alloc() - page-locked host memory for the states of CUDA parameters that do not fit into device memory
+ * ordinal: of the CUDA device whose driver context gives it; every device can use it.  `bytes` > 0; the content is not
+ * set.  Steps read and write it in stream order: synchronise before the host does.  *pages is NULL after a failure:
+ * BNB_EINVAL, BNB_ENOMEM, BNB_EDEVICE.
+ */
+BNB_API bnb_status bnb_pages_alloc(int ordinal, size_t bytes, void **pages);
+
+/* Waits until the device has done all its work, then frees.  NULL: nothing happens. */
+BNB_API bnb_status bnb_pages_free(int ordinal, void *pages);
 
 /*
  * bnb_optim_step() - one update of `count` parameters, equal to one call per parameter

@@ -42,11 +42,13 @@ enum {
     CU_FUNCTION_SHARED_MAX = 8,
     CU_POINTER_MEMORY_TYPE = 2,
     CU_POINTER_ORDINAL = 9,
+    CU_MEMORY_HOST = 1,
     CU_MEMORY_DEVICE = 2,
     CU_HOST_PORTABLE = 1,
     CU_HOST_MAPPED = 2,
     CU_CAPTURE_RELAXED = 2,
-    CU_EVENT_NO_TIMING = 2
+    CU_EVENT_NO_TIMING = 2,
+    CU_STREAM_NON_BLOCKING = 1
 };
 
 /* X(member, symbol, parameters) */
@@ -61,6 +63,7 @@ enum {
     X(context_current, cuCtxGetCurrent, (cu_context * context))                                                     \
     X(context_push, cuCtxPushCurrent_v2, (cu_context context))                                                      \
     X(context_pop, cuCtxPopCurrent_v2, (cu_context * context))                                                      \
+    X(context_synchronize, cuCtxSynchronize, (void))                                                                \
     X(module_load, cuModuleLoadData, (cu_module * module, const void *image))                                       \
     X(module_unload, cuModuleUnload, (cu_module module))                                                            \
     X(module_function, cuModuleGetFunction, (cu_function * function, cu_module module, const char *name))           \
@@ -85,6 +88,7 @@ enum {
     X(event_record, cuEventRecord, (cu_event event, cu_stream stream))                                              \
     X(event_wait, cuStreamWaitEvent, (cu_stream stream, cu_event event, unsigned flags))                            \
     X(event_query, cuEventQuery, (cu_event event))                                                                  \
+    X(stream_create, cuStreamCreate, (cu_stream * stream, unsigned flags))                                          \
     X(stream_synchronize, cuStreamSynchronize, (cu_stream stream))                                                  \
     X(error_name, cuGetErrorName, (cu_result error, const char **name))                                             \
     X(error_text, cuGetErrorString, (cu_result error, const char **text))

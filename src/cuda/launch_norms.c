@@ -45,11 +45,11 @@ bnb_status bnb_cuda_optim_norms(const bnb_exec *ex, const bnb_optim_config *conf
         return status;
     status = bnb_cuda_step_open(&c, &s, config, tensors, count, RUN, SUM_BYTES, false);
     s.args.partial = (void *)s.tail;
-    if (!status && s.args.chunks > 0)
-        status = bnb_cuda_launch_over(&c, &kernels[s.row->rule], bnb_blocks(s.args.chunks, NORM_THREADS / 32), &s.args);
+    if (!status)
+        status = bnb_cuda_step_launch(&c, &s, &kernels[s.row->rule], NORM_THREADS / 32, false);
     if (!status)
         status = add_runs(&c, s.args.partial, s.first, count, 2, norms);
-    bnb_cuda_table_close(&c, &s.table);
+    bnb_cuda_step_close(&c, &s);
     bnb_cuda_end(&c);
     return status;
 }

@@ -60,15 +60,15 @@ struct bnb_cuda_expand {
 /* The elements that a block of threads takes at a time: eight blocks of state, one for each warp. */
 enum { BNB_CUDA_CHUNK = 2048 };
 
-/* One tensor of a step.  Of ademamix, the third average lies behind the first. */
+/* One tensor of a step, or a piece of one that begins with a block.  States: the two, and the slow average of ademamix. */
 struct bnb_cuda_tensor {
     void *p;
     const void *g;
-    void *state1, *state2;
-    float *absmax1, *absmax2;
+    void *state[BNB_MAX_STATES];
+    float *absmax[BNB_MAX_STATES];
     int64_t n;
-    int64_t first; /* its first chunk, or run where norms are measured, among those of all tensors */
-    uint64_t key;  /* of stochastic rounding */
+    int64_t first; /* its first chunk, or run where norms are measured, among those of all tensors of a launch */
+    uint64_t key;  /* of stochastic rounding, plus the blocks before the piece */
     int plan;      /* index of its scalars */
     int dtype, bits, vector;
 };
@@ -89,12 +89,13 @@ struct bnb_cuda_origin {
     float *unorm;
     uint64_t seed;
     int64_t step;
+    int piece, pieces; /* of the tensor, in the table */
 };
 
 struct bnb_cuda_planner {
     struct bnb_optim_recipe recipe;
     const struct bnb_cuda_origin *origins;
-    struct bnb_cuda_tensor *tensors; /* plan i is tensor i's; the keys are written */
+    struct bnb_cuda_tensor *tensors; /* the keys, so far the blocks before a piece, are completed */
     struct bnb_optim_plan *plans;
     const float *lr_value; /* NULL: lr */
     const double *norms;   /* NULL: no trust clipping */

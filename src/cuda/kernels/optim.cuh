@@ -79,7 +79,7 @@ DEVICE void store_states32(const struct bnb_cuda_tensor *t, int64_t block, const
 {
 #pragma unroll
     for (int j = 0; j < rule_states(RULE); j++)
-        store_values<LAY>((float *)state_of<32>(t, j) + block * OPTIM_BLOCK, count, s[j]);
+        store_values<LAY>((float *)t->state[j] + block * OPTIM_BLOCK, count, s[j]);
 }
 
 /* The values of both maps, this thread's copies. */

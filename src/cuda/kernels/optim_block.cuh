@@ -79,17 +79,6 @@ template <typename T> struct rules {
 
 template <> struct rules<float> : ieee_rules {};
 
-/* State k of a tensor: where it lies, and its scales. */
-template <int BITS> DEVICE char *state_of(const struct bnb_cuda_tensor *t, int k)
-{
-    return k == 1 ? (char *)t->state2 : (char *)t->state1 + (k == 2 ? t->n * (BITS / 8) : 0);
-}
-
-DEVICE float *absmax_of(const struct bnb_cuda_tensor *t, int k)
-{
-    return k == 1 ? t->absmax2 : t->absmax1 + (k == 2 ? (t->n + OPTIM_BLOCK - 1) / OPTIM_BLOCK : 0);
-}
-
 DEVICE constexpr int rule_kind(int rule, int k)
 {
     return k != 1 && rule != BNB_RULE_RMSPROP ? ENCODE_SIGNED : ENCODE_UNSIGNED;
@@ -203,9 +192,9 @@ DEVICE void requantise(const struct bnb_cuda_tensor *t, int64_t block, float abs
         encode_states<KIND, KIND == ENCODE_SIGNED>(s, r, map, word);
     else
         encode_states<ENCODE_SORTED, KIND == ENCODE_SIGNED>(s, r, map, word);
-    store_codes<LAY>((uint8_t *)state_of<8>(t, K) + block * OPTIM_BLOCK, count, word);
+    store_codes<LAY>((uint8_t *)t->state[K] + block * OPTIM_BLOCK, count, word);
     if (lane == 0)
-        absmax_of(t, K)[block] = absmax;
+        t->absmax[K][block] = absmax;
 }
 
 DEVICE void set_random(float *p, float x, uint32_t) { *p = x; }
@@ -239,14 +228,14 @@ template <> struct raw_state<8> {
 template <int LAY>
 DEVICE void load_state(struct raw_state<32> *s, const struct bnb_cuda_tensor *t, int k, int64_t block, int count)
 {
-    s->value = load_values<LAY>((const float *)state_of<32>(t, k) + block * OPTIM_BLOCK, count);
+    s->value = load_values<LAY>((const float *)t->state[k] + block * OPTIM_BLOCK, count);
 }
 
 template <int LAY>
 DEVICE void load_state(struct raw_state<8> *s, const struct bnb_cuda_tensor *t, int k, int64_t block, int count)
 {
-    s->codes = load_codes<LAY>((const uint8_t *)state_of<8>(t, k) + block * OPTIM_BLOCK, count);
-    s->absmax = absmax_of(t, k)[block];
+    s->codes = load_codes<LAY>((const uint8_t *)t->state[k] + block * OPTIM_BLOCK, count);
+    s->absmax = t->absmax[k][block];
 }
 
 template <int COPIES> DEVICE void decode_state(const struct raw_state<32> &s, const float *, int, float value[8])
@@ -323,8 +312,8 @@ DEVICE void room_fill(struct waiting_room<RULE> *room, const struct bnb_cuda_ten
     copy_async<16>(&room->g[lane], (const T *)t->g + at);
 #pragma unroll
     for (int k = 0; k < rule_states(RULE); k++) {
-        copy_async<8>(&room->codes[k][lane], state_of<8>(t, k) + at);
-        copy_async<4>(&room->absmax[k][lane], absmax_of(t, k) + block);
+        copy_async<8>(&room->codes[k][lane], (const char *)t->state[k] + at);
+        copy_async<4>(&room->absmax[k][lane], t->absmax[k] + block);
     }
 }
 

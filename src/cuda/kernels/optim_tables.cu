@@ -22,7 +22,8 @@ extern "C" __global__ void __launch_bounds__(256) bnb_k_plan(const struct bnb_cu
     const double scale = origin.gnorm_scale ? (double)*origin.gnorm_scale : 1.0;
     const double *norms = q.norms && q.recipe.max_unorm > 0.0 ? q.norms + 2 * i : nullptr;
     q.plans[i] = bnb_optim_plan_of(&q.recipe, lr, t, scale, norms);
-    q.tensors[i].key = bnb_mix64(bnb_mix64(origin.seed) + (uint64_t)t);
+    for (int j = 0; j < origin.pieces; j++)
+        q.tensors[origin.piece + j].key += bnb_mix64(bnb_mix64(origin.seed) + (uint64_t)t);
     if (!q.advance)
         return;
     if (origin.step_count)
