@@ -413,6 +413,9 @@ BNB_API bnb_status bnb_pages_alloc(int ordinal, size_t bytes, void **pages);
 /* Waits until the device has done all its work, then frees.  NULL: nothing happens. */
 BNB_API bnb_status bnb_pages_free(int ordinal, void *pages);
 
+/* The number of elements from which on the states of a parameter are worth paging, where the caller has no opinion. */
+BNB_API int64_t bnb_pages_least(void);
+
 /*
  * bnb_optim_step() - one update of `count` parameters, equal to one call per parameter
  * Rows and formulas: docs/OPTIMIZERS.md; numbers: docs/NUMERICS.md, rules 20 and on.  Nothing is allocated.

@@ -27,7 +27,7 @@ PAGES = {
     "functional": ("quantise, dequantise, products, single updates", "functional", ["functional"]),
     "functional-codebooks": ("codebooks and quantiles", "functional", ["codebooks"]),
     "functional-int8": ("LLM.int8() on tensors", "functional", ["int8", "igemm"]),
-    "functional-memory": ("paged memory, upstream's layout for CPUs", "functional", ["managed", "cpu_layout"]),
+    "functional-memory": ("paged memory, upstream's layout for CPUs", "functional", ["paged", "cpu_layout"]),
     "functional-state": ("the statistics of a quantised tensor", "functional", ["quant_state"]),
     "autograd": ("differentiable products", "autograd._functions", ["autograd._functions"]),
     "nn-embedding": ("embeddings", "nn", ["nn.embedding", "nn.quantized_embedding"]),

@@ -249,7 +249,10 @@ def _(A, offset, num_quantiles):
 def _check_update(
     op: str, g: Tensor, p: Tensor, state1: Tensor, state2: Tensor | None, state_dtype: torch.dtype
 ) -> None:
-    _one_device(op, p, g=g, state1=state1, state2=state2)
+    _one_device(op, p, g=g)
+    for name, state in (("state1", state1), ("state2", state2)):
+        if state is not None and state.device.type != "cpu":  # paged state is on the CPU
+            _one_device(op, p, **{name: state})
     _float(op, "the dtype of p", p.dtype)
     _dtype(op, "g", g, p.dtype)
     _expect(g.numel() == p.numel(), f"{op}: g has {g.numel()} elements, expected {p.numel()}")
@@ -289,7 +292,7 @@ _GROUP = (
     "Tensor? gnorm_scale, Tensor? norms, Tensor? lr_tensor, int[] step, int[] seed, float lr, float beta1, "
     "float beta2, float beta3, float alpha, float t_alpha, float t_beta3, float eps, float weight_decay, "
     "float max_unorm, bool skip_zeros, bool nesterov, bool bias_correction, bool adam_w_mode, "
-    "bool stochastic_rounding"
+    "bool stochastic_rounding, int page_bytes"
 )
 
 

@@ -91,6 +91,8 @@ def _open() -> _Library:
             getattr(handle, name).restype = ctypes.c_char_p
     if hasattr(handle, "bnb_optim_is_signed"):
         handle.bnb_optim_is_signed.restype = ctypes.c_bool
+    if hasattr(handle, "bnb_pages_least"):
+        handle.bnb_pages_least.restype = ctypes.c_int64
     return _Library(handle)
 
 

@@ -34,7 +34,7 @@ from .int8 import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
-from .managed import (
+from .paged import (
     FIRST_CUDA_DEVICE,
     CUBLAS_Context,
     GlobalPageManager,

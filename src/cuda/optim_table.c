@@ -83,11 +83,11 @@ static bnb_status check_pages(const struct bnb_cuda_call *c, const bnb_optim_ten
         const cu_address address = (cu_address)(uintptr_t)state[k];
         if (state[k] &&
             (c->card->cu->pointer_attribute(&type, CU_POINTER_MEMORY_TYPE, address) != 0 || type != CU_MEMORY_HOST))
-            return bnb_fail(
-                BNB_EINVAL,
-                "%s: tensors[%zu].state%d is paged, but not page-locked memory of the host, expected some of "
-                "bnb_pages_alloc()",
-                c->function, i, k + 1);
+            return bnb_fail(BNB_EINVAL,
+                            "%s: tensors[%zu].state%d is ordinary memory of the host, expected memory of the device, "
+                            "or page-locked "
+                            "memory (bnb_pages_alloc)",
+                            c->function, i, k + 1);
     }
     return BNB_OK;
 }

@@ -56,6 +56,7 @@ struct bnb_call {
     size_t result_count;
     bool grad_mode;
     bool parallel_failed;
+    bool host_too;   /* takers accept tensors of the host in a call on CUDA: paged states */
     char string[33]; /* the str argument, printable ASCII      */
     /* what bnb_call_end() releases */
     torch_tensor few[BNB_CALL_INLINE], *owned;

@@ -9,8 +9,10 @@ struct bnb_group bnb_take_group(struct bnb_call *c)
     struct bnb_group l = {.config = {.name = bnb_take_string(c)}};
     l.p = bnb_take_tensors(c, "p");
     l.g = bnb_take_tensors(c, "g");
+    c->host_too = true;
     l.state1 = bnb_take_tensors(c, "state1");
     l.state2 = bnb_take_tensors(c, "state2");
+    c->host_too = false;
     l.absmax1 = bnb_take_tensors(c, "absmax1");
     l.absmax2 = bnb_take_tensors(c, "absmax2");
     l.qmaps = bnb_take_tensors(c, "qmaps");
@@ -40,6 +42,10 @@ void bnb_take_options(struct bnb_call *c, struct bnb_group *l)
     config->no_bias_correction = !bnb_take_bool(c);
     config->coupled_decay = !bnb_take_bool(c);
     config->stochastic_rounding = bnb_take_bool(c);
+    const int64_t pages = bnb_take_int(c);
+    if (pages < 0)
+        bnb_call_fail(c, BNB_EINVAL, "%s: page_bytes is %lld, expected 0 or more", c->op, (long long)pages);
+    config->page_bytes = (size_t)pages;
 }
 
 static void check_length(struct bnb_call *c, const char *name, size_t count, size_t expected, const char *why)
@@ -121,12 +127,12 @@ void bnb_finish_config(struct bnb_call *c, struct bnb_group *l)
  *     Tensor(e!)[] absmax2, Tensor[] qmaps, Tensor(f!)[] steps, Tensor(h!)[] unorm, Tensor? gnorm_scale, Tensor? norms,
  *     Tensor? lr_tensor, int[] step, int[] seed, float lr, float beta1, float beta2, float beta3, float alpha,
  *     float t_alpha, float t_beta3, float eps, float weight_decay, float max_unorm, bool skip_zeros, bool nesterov,
- *     bool bias_correction, bool adam_w_mode, bool stochastic_rounding) -> () */
+ *     bool bias_correction, bool adam_w_mode, bool stochastic_rounding, int page_bytes) -> () */
 void bnb_op_optimizer_step(torch_value *stack, uint64_t inputs, uint64_t outputs)
 {
     struct bnb_call c;
     (void)outputs;
-    bnb_call_begin(&c, "_optimizer_step", stack, inputs, 30);
+    bnb_call_begin(&c, "_optimizer_step", stack, inputs, 31);
     struct bnb_group l = bnb_take_group(&c);
     bnb_check_optimizer(&c, &l.config);
     struct bnb_parameter *q = bnb_deal_group(&c, &l);
@@ -140,7 +146,7 @@ void bnb_op_optimizer_norms(torch_value *stack, uint64_t inputs, uint64_t output
 {
     struct bnb_call c;
     (void)outputs;
-    bnb_call_begin(&c, "_optimizer_norms", stack, inputs, 30);
+    bnb_call_begin(&c, "_optimizer_norms", stack, inputs, 31);
     struct bnb_group l = bnb_take_group(&c);
     bnb_check_optimizer(&c, &l.config);
     struct bnb_parameter *q = bnb_deal_group(&c, &l);

@@ -168,7 +168,7 @@ void bnb_op_optimizer_table(torch_value *stack, uint64_t inputs, uint64_t output
     struct bnb_call c;
     struct table *t = NULL;
     (void)outputs;
-    bnb_call_begin(&c, "_optimizer_table", stack, inputs, 30);
+    bnb_call_begin(&c, "_optimizer_table", stack, inputs, 31);
     struct bnb_group l = bnb_take_group(&c);
     bnb_check_optimizer(&c, &l.config);
     if (l.gnorm_scale.present || l.norms.present || l.lr_tensor.present)
@@ -266,13 +266,13 @@ static void enter_options(struct bnb_call *c, struct table *t, struct bnb_group 
 }
 
 /* _optimizer_run(int table, Tensor(a!)[] p, Tensor[] g, Tensor? gnorm_scale, Tensor? norms, Tensor? lr_tensor,
- *     int[] step, int[] seed, float lr, ..., bool stochastic_rounding) -> bool: was the step made?  If not, nothing
+ *     int[] step, int[] seed, float lr, ..., int page_bytes) -> bool: was the step made?  If not, nothing
  *     was written, and the table is of no more use.  step: one per parameter, or one for all. */
 void bnb_op_optimizer_run(torch_value *stack, uint64_t inputs, uint64_t outputs)
 {
     struct bnb_call c;
     (void)outputs;
-    bnb_call_begin(&c, "_optimizer_run", stack, inputs, 23);
+    bnb_call_begin(&c, "_optimizer_run", stack, inputs, 24);
     const int64_t id = bnb_take_int(&c);
     const struct bnb_handles p = bnb_take_handles(&c, "p"), g = bnb_take_handles(&c, "g");
     struct bnb_group l = {.config = {.name = ""}};

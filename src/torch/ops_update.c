@@ -12,7 +12,9 @@ void bnb_op_optimizer_update_32bit(torch_value *stack, uint64_t inputs, uint64_t
     bnb_call_begin(&c, "optimizer_update_32bit", stack, inputs, 18);
     bnb_optim_config config = {.size = sizeof config, .name = bnb_take_string(&c)};
     struct bnb_tensor g = bnb_take_tensor(&c, "g"), p = bnb_take_tensor(&c, "p");
+    c.host_too = true;
     struct bnb_tensor state1 = bnb_take_tensor(&c, "state1"), state2 = bnb_take_optional(&c, "state2");
+    c.host_too = false;
     struct bnb_tensor unorm = bnb_take_optional(&c, "unorm_vec");
     struct bnb_parameter q = {.p = &p, .g = &g, .state1 = &state1, .state2 = &state2, .unorm = &unorm};
     config.max_unorm = bnb_take_float(&c);
@@ -46,7 +48,9 @@ void bnb_op_optimizer_update_8bit_blockwise(torch_value *stack, uint64_t inputs,
     bnb_call_begin(&c, "optimizer_update_8bit_blockwise", stack, inputs, 19);
     bnb_optim_config config = {.size = sizeof config, .name = bnb_take_string(&c)};
     struct bnb_tensor g = bnb_take_tensor(&c, "g"), p = bnb_take_tensor(&c, "p");
+    c.host_too = true;
     struct bnb_tensor state1 = bnb_take_tensor(&c, "state1"), state2 = bnb_take_optional(&c, "state2");
+    c.host_too = false;
     struct bnb_parameter q = {.p = &p, .g = &g, .state1 = &state1, .state2 = &state2};
     config.beta1 = bnb_take_float(&c);
     config.beta2 = bnb_take_float(&c);

@@ -26,6 +26,12 @@ void bnb_check_optimizer(struct bnb_call *c, const bnb_optim_config *config)
     bnb_call_fail(c, BNB_EINVAL, "%s: optimizer_name is \"%s\", which the library does not know", c->op, config->name);
 }
 
+/* Does a state stay in the host's memory in a call on CUDA? */
+static bool is_paged(const struct bnb_call *c, const struct bnb_tensor *state)
+{
+    return has(state) && state->n > 0 && state->device != c->first.device;
+}
+
 /* One state with its scales, if it is uint8; `rows` averages of p's size in one tensor. */
 static void check_state(struct bnb_call *c, const struct bnb_tensor *state, const struct bnb_tensor *absmax, int64_t n,
                         int rows)
@@ -59,6 +65,10 @@ static void check_parameter(struct bnb_call *c, const struct bnb_parameter *q, i
                           bnb_label(q->state2).text, bnb_dtype_label(q->state2->dtype).text,
                           bnb_dtype_label(q->state1->dtype).text);
         check_state(c, q->state2, q->absmax2, q->p->n, 1);
+        if (is_paged(c, q->state1) != is_paged(c, q->state2))
+            bnb_call_fail(c, BNB_EINVAL,
+                          "%s: %s and %s are one on the device and one in host memory, expected both alike", c->op,
+                          bnb_label(q->state1).text, bnb_label(q->state2).text);
     }
     const struct bnb_tensor *scalar[2] = {q->step_count, q->unorm};
     for (int k = 0; k < 2; k++) {
@@ -108,6 +118,9 @@ static void stage_parameter(struct bnb_call *c, const struct bnb_parameter *q, i
                             (lead == 0 || state->strides[0] == q->p->n) && fits_shape(q->g, state, lead) &&
                             (!has(q->state2) || fits_shape(q->state2, state, lead));
     const int64_t *order = by_strides ? state->strides + lead : NULL;
+    if (is_paged(c, state) && !by_strides && !(state->contiguous && (!has(q->state2) || q->state2->contiguous)))
+        bnb_call_fail(c, BNB_EINVAL, "%s: %s is paged and lies in memory in an order of its own, expected that of %s",
+                      c->op, bnb_label(state).text, bnb_label(q->p).text);
     const unsigned both = BNB_STAGE_READ | BNB_STAGE_WRITE;
     bnb_call_stage(c, q->p, order, both);
     bnb_call_stage(c, q->g, order, BNB_STAGE_READ);
@@ -208,6 +221,7 @@ static bnb_optim_tensor core_tensor(struct bnb_call *c, const struct bnb_paramet
     bnb_optim_tensor t = {
         .n = q->p->n, .step = q->step, .bits = is8 ? 8 : 32, .seed = q->seed, .gnorm_scale = q->gnorm_scale};
     t.dtype = bnb_check_float_tensor(c, q->p);
+    t.paged = is_paged(c, q->state1);
     t.p = bnb_write(c, q->p);
     t.g = bnb_read(c, q->g);
     t.state1 = bnb_write(c, q->state1);

@@ -51,7 +51,8 @@ static struct bnb_tensor tensor_of(struct bnb_call *c, torch_value value, const 
         return t;
     if (!c->first.present)
         set_device(c, &t);
-    else if (t.device != c->first.device || t.device_index != c->first.device_index)
+    else if ((t.device != c->first.device || t.device_index != c->first.device_index) &&
+             !(c->host_too && t.device == bnb_shim.device_cpu()))
         bnb_call_fail(c, BNB_EINVAL, "%s: %s is on %s, expected %s, where %s is", c->op, bnb_label(&t).text,
                       device_label(&t).text, device_label(&c->first).text, bnb_label(&c->first).text);
     return t;

@@ -99,7 +99,7 @@ class Bench:
             "step": [1],
         } | change
         lists = [a[name] for name in ("p", "g", "state1", "state2", "absmax1", "absmax2", "qmaps")]
-        scalars = (1e-3, 0.9, 0.999, 0.0, 0.0, 0.0, 0.0, 1e-8, 0.0, 0.0, False, False, True, True, False)
+        scalars = (1e-3, 0.9, 0.999, 0.0, 0.0, 0.0, 0.0, 1e-8, 0.0, 0.0, False, False, True, True, False, 0)
         OPS._optimizer_step("adam", *lists, [], [], None, None, None, a["step"], [], *scalars)
 
     def decode4(self, **change):

@@ -90,7 +90,7 @@ def group_step(parameters, steps=None, name="adam", max_unorm=0.0, **options):
     optional = (options.get(key) for key in ("gnorm_scale", "norms", "lr_tensor"))
     counts = ([] if "counters" in options else steps or [1] * len(p), options.get("seed", []))
     scalars = (1e-2, 0.9, 0.999, 0.0, 0.0, 0.0, 0.0, 1e-8, 0.1, max_unorm, False, False, True, True)
-    return (name, *lists, *optional, *counts, *scalars, options.get("stochastic_rounding", False))
+    return (name, *lists, *optional, *counts, *scalars, options.get("stochastic_rounding", False), 0)
 
 
 def _group_of_three(kind, dtype=torch.float32):

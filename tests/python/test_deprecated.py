@@ -113,8 +113,11 @@ def test_singletons():
 
 def test_paged_memory():
     assert torch.device("cuda:0") == F.FIRST_CUDA_DEVICE
-    with pytest.raises(RuntimeError, match="device is cuda:0"):
-        F.get_paged(4, 4)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"64 bytes for cuda:0: .*driver"):
+            F.get_paged(4, 4)
+    with pytest.raises(RuntimeError, match="device is meta"):
+        F.get_paged(4, 4, device="meta")
     ordinary = F.get_paged(4, 5, dtype=torch.uint8, device="cpu")
     assert ordinary.tolist() == [[0] * 5] * 4
     assert ordinary.dtype == torch.uint8
@@ -122,13 +125,12 @@ def test_paged_memory():
         F.prefetch_tensor(ordinary)
     marked = torch.zeros(2)
     marked.is_paged = True
-    with pytest.raises(RuntimeError, match="not available in this library"):
-        F.prefetch_tensor(marked)
+    assert F.prefetch_tensor(marked) is None
     manager = F.GlobalPageManager.get_instance()
     manager.prefetch_all()
-    manager.paged_tensors.append(marked)
+    manager.paged_tensors += [ordinary, marked]
     try:
-        with pytest.raises(RuntimeError, match="not available in this library"):
+        with pytest.raises(AssertionError, match="ordinary tensor"):
             manager.prefetch_all(to_cpu=True)
     finally:
         manager.initialize()

@@ -10,7 +10,7 @@ import torch
 import bitsandbytes as bnb
 
 ops = torch.ops.bitsandbytes
-SCALARS = (1e-2, 0.9, 0.999, 0.0, 0.0, 0.0, 0.0, 1e-8, 0.1, 0.0, False, False, True, True, False)
+SCALARS = (1e-2, 0.9, 0.999, 0.0, 0.0, 0.0, 0.0, 1e-8, 0.1, 0.0, False, False, True, True, False, 0)
 
 
 def _lists(n=300):

@@ -11,12 +11,12 @@ anything is changed.  Layout: docs/FORMAT.md, section 7.
 
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import paged
 from ..codebooks import default_map
 from . import layouts, scales, sharding
 from .layouts import QUANT_STATE_KEYS
@@ -24,6 +24,7 @@ from .scales import BLOCK
 
 _OLD_BLOCK = 2048  # elements per scale before 0.44
 _LENGTHS = {"gnorm_vec": 100, "unorm_vec": 1}
+_STATES = ("state1", "state2")
 _bnb = torch.ops.bitsandbytes
 
 
@@ -44,12 +45,14 @@ def write(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state}
 
 
-def move_state(state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Bring the tensors of every parameter's state to the parameter's device, shared ones once."""
+def move_state(optimizer: Any) -> None:
+    """Bring the tensors of every parameter's state to where a step wants them, shared ones once."""
     moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-    for p, entries in state.items():
+    for p, entries in optimizer.state.items():
         for name, value in entries.items():
-            if isinstance(value, torch.Tensor) and value.device != p.device:
+            if name in _STATES and optimizer._pages(p):
+                entries[name] = _paged(p, value)
+            elif isinstance(value, torch.Tensor) and value.device != p.device:
                 key = (id(value), p.device)
                 moved.setdefault(key, (value, value.to(p.device)))
                 entries[name] = moved[key][1]
@@ -139,6 +142,16 @@ class _Reader:
 
     def _state(self, label: str, p: Tensor, flat: dict[str, Any], i: int) -> dict[str, Any]:
         """Take state i with its map and scales out of `flat`; the result has one scale per 256 elements."""
+        result = self._read_state(label, p, flat, i)
+        if self._pages(p):
+            result[f"state{i}"] = _paged(p, result[f"state{i}"])
+        return result
+
+    def _pages(self, p: Tensor) -> bool:
+        """Is p's state paged, and now?"""
+        return self.move_to_device and self.optimizer._pages(p)
+
+    def _read_state(self, label: str, p: Tensor, flat: dict[str, Any], i: int) -> dict[str, Any]:
         eight, rows = layouts.is_eight(flat, i), self._rows(i)
         state, qmap, absmax, static = (flat.pop(f"{name}{i}", None) for name in ("state", "qmap", "absmax", "max"))
         flat.pop(f"new_max{i}", None)
@@ -191,7 +204,8 @@ class _Reader:
 
     def _shaped(self, p: Tensor, value: Tensor, rows: int) -> Tensor:
         shape = (rows, *p.shape) if rows else p.shape
-        return self._copy(p, value if value.shape == shape else value.reshape(shape))
+        value = value if value.shape == shape else value.reshape(shape)
+        return value.detach() if self._pages(p) else self._copy(p, value)  # pages get a copy of their own
 
     def _old_and_new_map(self, p: Tensor, qmap: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """(the map that decodes, the map of the state from now on): one object, but for maps that were too long."""
@@ -223,6 +237,14 @@ class _Reader:
         if key in QUANT_STATE_KEYS:
             return self._copy(p, value)
         return value.to(p.dtype, copy=True) if value.is_floating_point() else value.clone()
+
+
+def _paged(p: Tensor, value: Tensor) -> Tensor:
+    """A state in page-locked memory: itself if it is there, else a copy."""
+    if paged.is_paged(value):
+        return value
+    rows = len(value) if value.dim() > p.dim() else 0
+    return paged.paged_like(p, value.dtype, rows).copy_(value)
 
 
 def _per_element(p: Tensor, state: Tensor, absmax: Tensor, form: int | str, rows: int) -> Tensor:

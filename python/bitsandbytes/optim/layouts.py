@@ -30,10 +30,19 @@ def written(optimizer: Any, p: Tensor | None, entries: dict[str, Any]) -> dict[s
     if sharding.is_dtensor(p):
         return _placed(p, entries)
     if p is not None and sharding.is_flattened(p):
-        return _per_element(entries, with_scales=_wants_eight(optimizer))
-    inner = {name: value for name, value in entries.items() if name in QUANT_STATE_KEYS}
+        placed = {name: value.to(p.device) if _is_paged(value) else value for name, value in entries.items()}
+        return _per_element(placed, with_scales=_wants_eight(optimizer))
+    inner = {
+        name: value.detach() if _is_paged(value) else value  # without the attributes, which would be saved
+        for name, value in entries.items()
+        if name in QUANT_STATE_KEYS
+    }
     outer = {name: value for name, value in entries.items() if name not in QUANT_STATE_KEYS}
     return {**outer, WRAPPER_KEY: inner} if inner else outer
+
+
+def _is_paged(value: Any) -> bool:
+    return getattr(value, "is_paged", False)
 
 
 def flattened(label: str, saved: dict[str, Any]) -> dict[str, Any]:

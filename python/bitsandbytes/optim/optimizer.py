@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .. import cextension
+from .. import cextension, paged
 from ..codebooks import default_map
 from . import checkpoint, sharding
 from .calls import Call, Plan
@@ -36,7 +36,8 @@ class Optimizer8bit(torch.optim.Optimizer):
     params       parameters or group dicts, as for torch.optim.Optimizer
     defaults     values of a group: lr, betas, eps, weight_decay, ...
     optim_bits   32 or 8: bits of the state
-    is_paged     keep large states in memory that the GPU pages; has no effect on CPU parameters but one warning
+    is_paged     keep large states of CUDA parameters in page-locked memory of the CPU, from where each step moves them
+                 through the GPU; other parameters get ordinary state, and one warning
     """
 
     non_castable_tensor_keys = checkpoint.QUANT_STATE_KEYS
@@ -59,6 +60,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._warned_paged = False
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         kept = ("optim_bits", "is_paged", "args", "optimizer_name", "_maps")
         own = {key: self.__dict__[key] for key in kept if key in self.__dict__}
         return {**own, **super().__getstate__()}
@@ -66,6 +68,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._start()
+        self._move_state = self.is_paged  # a copy of paged state is ordinary CPU memory
         self.mng.hold(p for group in self.param_groups for p in group["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -76,6 +79,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's layout; what is not `step` lies in a nested dict, where sharding engines leave it alone."""
+        self._settle()
         return checkpoint.write(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
@@ -104,7 +108,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._move_state:
-            checkpoint.move_state(self.state)
+            checkpoint.move_state(self)
             self._move_state = False
         if self._seen != self.mng.version:
             self._overrides = self.mng.resolve(self.param_groups)
@@ -126,6 +130,24 @@ class Optimizer8bit(torch.optim.Optimizer):
         for call, settings, grads in calls:
             self._update(call, settings, grads)
         return loss
+
+    def _settle(self) -> None:
+        """Wait for the steps under way, which write paged state that the CPU is about to read."""
+        if self.is_paged:
+            for device in {p.device for p in self.state if isinstance(p, Tensor) and p.device.type == "cuda"}:
+                torch.cuda.synchronize(device)
+
+    def _pages(self, p: Tensor) -> bool:
+        """Does p get paged state?"""
+        if not self.is_paged:
+            return False
+        if p.device.type == "cuda" and not sharding.is_dtensor(p):
+            return p.numel() >= cextension.lib.bnb_pages_least()
+        if not self._warned_paged:
+            self._warned_paged = True
+            text = "%s: paged state needs parameters that are whole on a GPU; others, as one on %s, get ordinary state"
+            logger.warning(text, type(self).__name__, p.device)
+        return False
 
     def _is_same_state(self) -> bool:
         """Has the state the parameters and dicts of the last step, in their order?"""
@@ -208,15 +230,13 @@ class _BlockwiseOptimizer(Optimizer8bit):
 
     def _new_state(self, p: Tensor, state: dict[str, Any], settings: Settings) -> None:
         """Fill the empty dict `state` with zero state for p."""
-        if self.is_paged and p.device.type == "cpu" and not self._warned_paged:
-            self._warned_paged = True
-            logger.warning("%s: paged state needs a GPU; CPU parameters get ordinary state", type(self).__name__)
+        make = paged.paged_like if self._pages(p) else sharding.new_state
         eight = settings.optim_bits == 8 and sharding.whole_numel(p) >= settings.min_8bit_size
         entries: dict[str, Any] = {"step": 0}
         maps = self._shared_maps(p) if eight else ()
         for i in range(1, self._states + 1):
             rows = self._rows if i == 1 else 0
-            entries[f"state{i}"] = sharding.new_state(p, torch.uint8 if eight else torch.float32, rows)
+            entries[f"state{i}"] = make(p, torch.uint8 if eight else torch.float32, rows)
             if eight:
                 entries[f"qmap{i}"] = maps[i - 1]
                 entries[f"absmax{i}"] = checkpoint.new_absmax(p, rows)
@@ -254,6 +274,7 @@ class Optimizer1State(_BlockwiseOptimizer):
     percentile_clipping   below 100: no gradient's norm exceeds that percentile of its last 100
     capturable            state["step"] is a 0-dim float32 tensor, and a tensor lr is never read by the host
     stochastic_rounding   16-bit parameters are rounded up or down at random, right on average;  seed  of its numbers
+    page_bytes            of GPU memory that paged state passes through in a step; 0: a quarter of it, 256 MiB at most
     nesterov (momentum, lars), bias_correction and adam_w_mode (adam, lamb)   as the classes of these rows say
     block_wise            of old releases: False is taken as True, with a FutureWarning
     ValueError: a negative value, a beta outside [0, 1).  TypeError: an unknown option.

@@ -26,6 +26,7 @@ OPTIONS = {
     "nesterov": False,
     "bias_correction": True,
     "adam_w_mode": True,
+    "page_bytes": 0,
 }
 
 
@@ -44,6 +45,8 @@ def options(owner: object, given: dict[str, Any]) -> dict[str, Any]:
         if name not in OPTIONS:
             raise TypeError(f"{type(owner).__name__}: unexpected keyword argument {name!r}")
     _check_percentile(given.get("percentile_clipping", 100))
+    if given.get("page_bytes", 0) < 0:
+        raise ValueError(f"page_bytes is {given['page_bytes']}, expected a number of bytes, or 0 for the default")
     return {name: value for name, value in given.items() if value != OPTIONS[name]}
 
 
@@ -98,6 +101,7 @@ class Settings:
             *(float(group.get(key) or 0.0) for key in ("alpha", "t_alpha", "t_beta3", "eps", "weight_decay")),
             *(self.max_unorm, bool(arg("skip_zeros"))),
             *(bool(option(key)) for key in ("nesterov", "bias_correction", "adam_w_mode", "stochastic_rounding")),
+            int(option("page_bytes")),
         )
 
 
