@@ -2,10 +2,11 @@
  * ops_optim_table.c - steps over parameters whose states were handed over and checked once: a table
  *
  * A table holds the states, scales, maps and counters of one _optimizer_step as torch's handles, which keep the tensors
- * alive, and what a step needs to know of them.  A step brings parameters and gradients.  Every address is read anew
- * from its tensor; where one has moved, or a tensor is not what it was, nothing is written and the caller is told to
- * use _optimizer_step, which says what is wrong or copes with it.  Parameters are not held: they may refer to whatever
- * owns the table, by their hooks, and torch's garbage collector cannot see through a handle.
+ * alive, and what a step needs to know of them.  A step brings gradients, and parameters unless the table holds these
+ * too.  Every address is read anew from its tensor; where one has moved, or a tensor is not what it was, nothing is
+ * written and the caller is told to use _optimizer_step, which says what is wrong or copes with it.  The caller decides
+ * about parameters: they may refer to whatever owns the table, by a hook or an attribute, and Python's garbage collector
+ * cannot see through a handle.
  *
  * The caller knows a table by a number that is never used twice, and forgets it with bnb_torch_forget().
  */
@@ -31,6 +32,7 @@ struct table {
     size_t count, held_count;
     bool counters;     /* steps are counted by tensors */
     int32_t *dtypes;   /* [count] of the parameters, as torch numbers them */
+    torch_tensor *params; /* [count] if they are held, else NULL */
     struct held *held; /* [held_count] */
     const float *qmap1, *qmap2;
     bnb_optim_tensor *tensors; /* [count] as the last step left them */
@@ -56,13 +58,17 @@ static void free_table(struct table *t)
         return;
     for (size_t i = 0; i < t->held_count; i++)
         bnb_shim.delete_tensor(t->held[i].handle);
+    for (size_t i = 0; t->params && i < t->count; i++)
+        if (t->params[i])
+            bnb_shim.delete_tensor(t->params[i]);
+    free(t->params);
     free(t->dtypes);
     free(t->held);
     free(t->tensors);
     free(t);
 }
 
-static struct table *new_table(const struct bnb_group *l, size_t held_count)
+static struct table *new_table(const struct bnb_group *l, size_t held_count, bool with_params)
 {
     struct table *t = calloc(1, sizeof *t);
     if (!t)
@@ -71,7 +77,8 @@ static struct table *new_table(const struct bnb_group *l, size_t held_count)
     t->dtypes = calloc(t->count + 1, sizeof *t->dtypes);
     t->held = calloc(held_count + 1, sizeof *t->held);
     t->tensors = calloc(t->count + 1, sizeof *t->tensors);
-    if (t->dtypes && t->held && t->tensors)
+    t->params = with_params ? calloc(t->count + 1, sizeof *t->params) : NULL;
+    if (t->dtypes && t->held && t->tensors && (t->params || !with_params))
         return t;
     free_table(t);
     return NULL;
@@ -129,13 +136,15 @@ static bool are_contiguous(const struct bnb_tensors *list)
     return true;
 }
 
-/* Move the tensors of the lists behind p and g from the call into a new table: they are the last that the call owns. */
-static struct table *adopt(struct bnb_call *c, const struct bnb_group *l, const bnb_optim_tensor *tensors)
+/* Move the tensors of the lists behind p and g from the call into a new table: they are the last that the call owns.  The
+ * first are those of p. */
+static struct table *adopt(struct bnb_call *c, const struct bnb_group *l, const bnb_optim_tensor *tensors,
+                           bool with_params)
 {
     const struct bnb_tensors *lists[] = {&l->state1, &l->state2, &l->absmax1, &l->absmax2,
                                          &l->qmaps,  &l->steps,  &l->unorm};
     const size_t first = 2 * l->p.count, held_count = c->owned_count - first;
-    struct table *t = new_table(l, held_count);
+    struct table *t = new_table(l, held_count, with_params);
     if (!t) {
         bnb_call_fail(c, BNB_ENOMEM, "%s: out of memory for a table of %zu parameters", c->op, l->p.count);
         return NULL;
@@ -158,17 +167,23 @@ static struct table *adopt(struct bnb_call *c, const struct bnb_group *l, const 
         }
     }
     c->owned_count = first;
+    if (with_params) {
+        memcpy(t->params, c->owned, t->count * sizeof *t->params);
+        memmove(c->owned, c->owned + t->count, t->count * sizeof *c->owned);
+        c->owned_count = t->count;
+    }
     return t;
 }
 
-/* _optimizer_table(the arguments of _optimizer_step) -> int: the number of a table for these tensors; 0 if they do not
- * suit one, because a tensor is not contiguous.  Nothing is computed, and the options are not kept. */
+/* _optimizer_table(bool with_params, the arguments of _optimizer_step) -> int: the number of a table for these tensors;
+ * 0 if they do not suit one, because a tensor is not contiguous.  Nothing is computed, and the options are not kept. */
 void bnb_op_optimizer_table(torch_value *stack, uint64_t inputs, uint64_t outputs)
 {
     struct bnb_call c;
     struct table *t = NULL;
     (void)outputs;
-    bnb_call_begin(&c, "_optimizer_table", stack, inputs, 31);
+    bnb_call_begin(&c, "_optimizer_table", stack, inputs, 32);
+    const bool with_params = bnb_take_bool(&c);
     struct bnb_group l = bnb_take_group(&c);
     bnb_check_optimizer(&c, &l.config);
     if (l.gnorm_scale.present || l.norms.present || l.lr_tensor.present)
@@ -183,7 +198,7 @@ void bnb_op_optimizer_table(torch_value *stack, uint64_t inputs, uint64_t output
         bnb_finish_config(&c, &l);
         const bnb_optim_tensor *tensors = bnb_open_parameters(&c, &l.config, q, q ? l.p.count : 0);
         if (tensors)
-            t = adopt(&c, &l, tensors);
+            t = adopt(&c, &l, tensors, with_params);
     }
     if (t && !enter(t)) {
         free_table(t);
@@ -220,19 +235,37 @@ static bool is_near(const struct table *t, torch_tensor tensor)
            device_index == t->device_index;
 }
 
+/* A handle points to a pointer to what torch knows of the tensor.  The tensors of a step do not fit into the first caches,
+ * and nobody else has touched most of them lately. */
+static void prefetch(torch_tensor tensor)
+{
+    const char *about = *(const char *const *)(const void *)tensor;
+    for (int line = 0; line < 4; line++)
+        __builtin_prefetch(about + 64 * (ptrdiff_t)line);
+}
+
+enum { AHEAD = 8 }; /* tensors by which prefetching is ahead */
+
 /* Are all tensors what the table takes them for?  Enters the addresses of the gradients. */
 static bool is_current(struct table *t, const struct bnb_handles *p, const struct bnb_handles *g)
 {
-    if (p->count != t->count || g->count != t->count)
+    const torch_tensor *params = t->params ? t->params : p->items;
+    if (p->count != (t->params ? 0 : t->count) || g->count != t->count)
         return false;
     for (size_t i = 0; i < t->held_count; i++) {
         const struct held *h = &t->held[i];
+        if (i + AHEAD < t->held_count)
+            prefetch(h[AHEAD].handle);
         if (address_of(h->handle, h->dtype, h->n, true) != h->data)
             return false;
     }
     for (size_t i = 0; i < t->count; i++) {
         bnb_optim_tensor *e = &t->tensors[i];
-        const void *to = address_of(p->items[i], t->dtypes[i], e->n, true);
+        if (i + AHEAD < t->count && g->items[i + AHEAD] && params[i + AHEAD]) {
+            prefetch(params[i + AHEAD]);
+            prefetch(g->items[i + AHEAD]);
+        }
+        const void *to = address_of(params[i], t->dtypes[i], e->n, true);
         const void *from = address_of(g->items[i], t->dtypes[i], e->n, false);
         if (e->n > 0 && (to != e->p || !from || !is_near(t, g->items[i])))
             return false;
@@ -267,7 +300,8 @@ static void enter_options(struct bnb_call *c, struct table *t, struct bnb_group 
 
 /* _optimizer_run(int table, Tensor(a!)[] p, Tensor[] g, Tensor? gnorm_scale, Tensor? norms, Tensor? lr_tensor,
  *     int[] step, int[] seed, float lr, ..., int page_bytes) -> bool: was the step made?  If not, nothing
- *     was written, and the table is of no more use.  step: one per parameter, or one for all. */
+ *     was written, and the table is of no more use.  p: empty if the table holds the parameters.  step: one per
+ *     parameter, or one for all. */
 void bnb_op_optimizer_run(torch_value *stack, uint64_t inputs, uint64_t outputs)
 {
     struct bnb_call c;

@@ -12,7 +12,7 @@
 #include "cuda/device.h"
 #include "optim_subject.h"
 
-enum { GUARD = 64, GUARD_BYTE = 0x5b, STREAM_NON_BLOCKING = 1 };
+enum { GUARD = 64, GUARD_BYTE = 0x5b };
 
 static const struct bnb_driver *cu;
 static cu_result (*device_alloc)(cu_address *memory, size_t bytes);
@@ -424,24 +424,23 @@ static void card_text(int count)
 static bool open_card(void)
 {
     void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-    cu_result (*stream_create)(cu_stream *made, unsigned flags) = NULL;
     cu_device device = 0;
     cu_context context = NULL;
     const struct {
         const char *symbol;
         void *to;
-    } wanted[] = {{"cuMemAlloc_v2", &device_alloc}, {"cuMemFree_v2", &device_free}, {"cuStreamCreate", &stream_create}};
+    } wanted[] = {{"cuMemAlloc_v2", &device_alloc}, {"cuMemFree_v2", &device_free}};
     cu = bnb_cuda_driver("test_cuda");
     for (size_t i = 0; library && i < sizeof wanted / sizeof wanted[0]; i++) {
         void *address = dlsym(library, wanted[i].symbol);
         memcpy(wanted[i].to, &address, sizeof address);
     }
-    if (!cu || !device_alloc || !device_free || !stream_create)
+    if (!cu || !device_alloc || !device_free)
         return false;
     CU(cu->device_get(&device, 0));
     CU(cu->primary_retain(&context, device));
     CU(cu->context_push(context));
-    CU(stream_create(&stream, STREAM_NON_BLOCKING));
+    CU(cu->stream_create(&stream, CU_STREAM_NON_BLOCKING));
     on_card = (bnb_exec){
         .size = sizeof on_card, .device = BNB_CUDA, .stream = stream, .context = &held, .alloc = take, .free = give};
     return true;

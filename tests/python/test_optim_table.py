@@ -479,6 +479,62 @@ def test_int8_codes_follow_the_step():
 # ---------------------------------------------------------------- lifetime
 
 
+def _holds(optimizer):
+    """Does the library hold the parameters?"""
+    return [table.params == [] for table in tables(optimizer)]
+
+
+def _trained(params, **options):
+    optimizer = make("AdamW", params, **options)
+    for t in range(3):
+        give(params, t)
+        optimizer.step()
+    assert has_table(optimizer)
+    return optimizer
+
+
+def test_parameters_that_lead_nowhere_are_held_until_a_full_collection():
+    params = parameters()
+    params[0]._is_hf_initialized = True
+    optimizer = _trained(params)
+    assert _holds(optimizer) == [True]
+    gc.collect(0)
+    assert has_table(optimizer)
+    gc.collect()
+    assert tables(optimizer) == [None]
+    give(params, 3)
+    optimizer.step()
+    assert _holds(optimizer) == [True]
+
+
+@pytest.mark.parametrize("lead", ["hook", "late", "post", "attribute"])
+def test_parameters_that_lead_to_the_optimizer_are_freed(lead):
+    params = parameters()
+    optimizer = _trained(params)
+
+    def attach():
+        if lead in ("hook", "late"):
+            params[0].register_hook(lambda grad, optimizer=optimizer: grad)
+        elif lead == "post":
+            params[0].register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: None)
+        else:
+            params[0].owner = optimizer
+
+    attach()
+    if lead != "late":
+        gc.collect()
+        for t in range(3, 6):
+            give(params, t)
+            optimizer.step()
+        assert _holds(optimizer) == [False]
+    if lead == "post":
+        return  # torch hides what such a hook refers to from the garbage collector, with any optimizer
+    gone = [weakref.ref(optimizer), weakref.ref(params[0]), weakref.ref(tables(optimizer)[0])]
+    del optimizer, params, attach
+    gc.collect()
+    assert [each() for each in gone] == [None] * 3
+
+
 def test_memory_goes_with_the_optimizer():
     """Also where a hook of the parameter refers to the optimizer, so that only the garbage collector can end both."""
     params = parameters()

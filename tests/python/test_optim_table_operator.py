@@ -21,9 +21,11 @@ def _lists(n=300):
 NAMES = ("name", "p", "g", "state1", "state2", "absmax1", "absmax2", "qmaps", "steps", "unorm")
 
 
-def _table(**changes):
+def _table(with_params=False, **changes):
     lists = dict(zip(NAMES, _lists(), strict=True)) | changes
-    return lists, ops._optimizer_table(*lists.values(), None, None, None, [1] * len(lists["p"]), [], *SCALARS)
+    return lists, ops._optimizer_table(
+        with_params, *lists.values(), None, None, None, [1] * len(lists["p"]), [], *SCALARS
+    )
 
 
 def _forget(number):
@@ -93,7 +95,7 @@ def test_lists_that_make_no_table():
     with pytest.raises(RuntimeError, match="shares memory"):
         _table(**twice)
     with pytest.raises(RuntimeError, match="expected None"):
-        ops._optimizer_table(*_lists(), torch.ones(1), None, None, [1], [], *SCALARS)
+        ops._optimizer_table(False, *_lists(), torch.ones(1), None, None, [1], [], *SCALARS)
 
 
 def test_a_table_holds_the_states_and_lets_them_go():
@@ -109,3 +111,31 @@ def test_a_table_holds_the_states_and_lets_them_go():
     assert held() is None, "but not the parameters"
     _forget(number)
     assert tracked() is None
+
+
+def test_a_table_that_holds_the_parameters():
+    lists, number = _table(with_params=True)
+    p, g = lists["p"], lists["g"]
+    before = p[0].clone()
+    for bad_p, bad_g in ((p, g), ([], g * 2), ([], [torch.ones(299)]), ([], [torch.ones(300).half()])):
+        assert not _run(number, bad_p, bad_g)
+    data = p[0].data
+    for change in (data.clone(), data[:299], data.view(torch.int32)):
+        p[0].data = change
+        assert not _run(number, [], g)
+    p[0].data = data
+    assert torch.equal(p[0], before)
+    assert _run(number, [], g)
+    other, lists = lists, None
+    expected, reference = _table()
+    assert _run(reference, expected["p"], expected["g"])
+    assert torch.equal(p[0], expected["p"][0])
+    held = weakref.ref(p[0])
+    p.clear()
+    other.clear()
+    gc.collect()
+    assert held() is not None
+    _forget(number)
+    _forget(reference)
+    gc.collect()
+    assert held() is None

@@ -2,12 +2,17 @@
 
 Walking a thousand parameters in Python costs more than updating small ones, so the lists are made once and reused as
 long as the parameters, the gradients that are present, and the state tensors are the same objects.  From its second
-step on, a call also leaves the states with the library, in a table: what is checked and looked up once there need not
-travel again (src/torch/ops_optim_table.c).  The table refuses a step where a tensor is not what it was; then the lists
-go to the operator as in the first step, which copes with any layout and has the words for what it refuses.
+step on, a call also leaves parameters and states with the library, in a table: what is checked and looked up once there
+need not travel again (src/torch/ops_optim_table.c).  The table refuses a step where a tensor is not what it was; then the
+lists go to the operator as in the first step, which copes with any layout and has the words for what it refuses.
+
+Python's garbage collector does not see that a table holds a parameter, so it would never free a parameter whose hooks or
+attributes lead back to the optimizer.  Such a parameter is handed over in every step; and a full collection ends all
+tables that hold parameters, for hooks that came later.
 """
 
 import ctypes
+import gc
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from operator import is_, itemgetter
@@ -25,6 +30,27 @@ _bnb = torch.ops.bitsandbytes
 _LISTS = ("state1", "state2", "absmax1", "absmax2")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _CHANCES = 3  # tables that may fail in a row before a call does without
+_ATOMS = (bool, int, float, str, type(None))
+_holding: "weakref.WeakSet[Call]" = weakref.WeakSet()  # calls whose table holds parameters
+
+
+def _let_go(phase: str, info: dict[str, int]) -> None:
+    """What the garbage collector calls when it starts, and when it ends."""
+    if phase == "start" and info["generation"] == 2:
+        for call in list(_holding):
+            call.drop_table()
+
+
+gc.callbacks.append(_let_go)
+
+
+def _may_be_held(p: Tensor) -> bool:
+    """Does nothing lead from p to the optimizer, as far as can be seen?"""
+    return (
+        not p._backward_hooks
+        and not p._post_accumulate_grad_hooks
+        and all(isinstance(value, _ATOMS) for value in p.__dict__.values())
+    )
 
 
 class _Own(NamedTuple):
@@ -39,10 +65,13 @@ class _Own(NamedTuple):
 
 
 class _Table:
-    """A table of the library, forgotten there when this object dies. number: what the library knows it by."""
+    """A table of the library, forgotten there when this object dies.
 
-    def __init__(self, number: int, own: _Own) -> None:
-        self.number, self._steps, self._unorm = number, own.steps, own.unorm
+    number  what the library knows it by;  params  what a run must bring: [] if the table holds the parameters
+    """
+
+    def __init__(self, number: int, params: list[Tensor], own: _Own) -> None:
+        self.number, self.params, self._steps, self._unorm = number, params, own.steps, own.unorm
         weakref.finalize(self, cextension.lib.bnb_torch_forget, ctypes.c_int64(number)).atexit = False
 
     def holds(self, own: _Own) -> bool:
@@ -149,9 +178,20 @@ class Call:
         if self._is_first:  # a call that is made once is not worth a table
             self._is_first = False
         elif self._chances and self._wants_table():
-            self._chances -= 1
-            number = _ops.call(_bnb._optimizer_table.default, *first, None, None, None, *last[1:])
-            self._table = _Table(number, own) if number else None
+            self._make_table(first, last, own)
+
+    def _make_table(self, first: tuple[Any, ...], last: tuple[Any, ...], own: "_Own") -> None:
+        self._chances -= 1
+        held = all(map(_may_be_held, self.params))
+        number = _ops.call(_bnb._optimizer_table.default, held, *first, None, None, None, *last[1:])
+        self._table = _Table(number, [] if held else self.params, own) if number else None
+        if number and held:
+            _holding.add(self)
+
+    def drop_table(self) -> None:
+        """The next step makes another."""
+        self._table = None
+        _holding.discard(self)
 
     def _run_table(self, settings: Settings, own: "_Own") -> bool:
         """Make the step with the table. False: there is none that fits, and nothing has been done."""
@@ -161,10 +201,10 @@ class Call:
         if table.holds(own):
             step = own.step[:1] if _are_equal(own.step) else own.step
             last = (own.scale, None, settings.lr, step, own.seeds, *settings.scalars)
-            if _ops.call(_bnb._optimizer_run.default, table.number, self.params, own.grads, *last):
+            if _ops.call(_bnb._optimizer_run.default, table.number, table.params, own.grads, *last):
                 self._chances = _CHANCES
                 return True
-        self._table = None
+        self.drop_table()
         return False
 
     def _wants_table(self) -> bool:
