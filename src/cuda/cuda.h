@@ -47,7 +47,9 @@ bnb_status bnb_cuda_clip_percentile(const bnb_exec *ex, const bnb_clip_tensor *t
  */
 struct bnb_cuda_table {
     char *host, *device;
-    size_t bytes, tail; /* the tail is workspace behind the table: it is not filled */
+    size_t bytes, tail;               /* the tail is workspace behind the table: it is not filled */
+    struct bnb_cuda_staging *staging; /* what `host` is; NULL: ordinary memory */
+    bool carried;                     /* in the arguments of launches */
 };
 
 /* bytes and tail as they will be; zeroed on the host.  Followed by bnb_cuda_table_close(), also after a failure. */
