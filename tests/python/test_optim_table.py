@@ -511,16 +511,12 @@ def test_parameters_that_lead_nowhere_are_held_until_a_full_collection():
 def test_parameters_that_lead_to_the_optimizer_are_freed(lead):
     params = parameters()
     optimizer = _trained(params)
-
-    def attach():
-        if lead in ("hook", "late"):
-            params[0].register_hook(lambda grad, optimizer=optimizer: grad)
-        elif lead == "post":
-            params[0].register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: None)
-        else:
-            params[0].owner = optimizer
-
-    attach()
+    if lead in ("hook", "late"):
+        params[0].register_hook(lambda grad, optimizer=optimizer: grad)
+    elif lead == "post":
+        params[0].register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: None)
+    else:
+        params[0].owner = optimizer
     if lead != "late":
         gc.collect()
         for t in range(3, 6):
@@ -530,7 +526,7 @@ def test_parameters_that_lead_to_the_optimizer_are_freed(lead):
     if lead == "post":
         return  # torch hides what such a hook refers to from the garbage collector, with any optimizer
     gone = [weakref.ref(optimizer), weakref.ref(params[0]), weakref.ref(tables(optimizer)[0])]
-    del optimizer, params, attach
+    del optimizer, params
     gc.collect()
     assert [each() for each in gone] == [None] * 3
 

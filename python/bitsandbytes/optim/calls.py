@@ -3,11 +3,11 @@
 Walking a thousand parameters in Python costs more than updating small ones, so the lists are made once and reused as
 long as the parameters, the gradients that are present, and the state tensors are the same objects.  From its second
 step on, a call also leaves parameters and states with the library, in a table: what is checked and looked up once there
-need not travel again (src/torch/ops_optim_table.c).  The table refuses a step where a tensor is not what it was; then the
-lists go to the operator as in the first step, which copes with any layout and has the words for what it refuses.
+need not travel again (src/torch/ops_optim_table.c).  The table refuses a step where a tensor is not what it was; then
+the lists go to the operator as in the first step, which copes with any layout and has the words for what it refuses.
 
-Python's garbage collector does not see that a table holds a parameter, so it would never free a parameter whose hooks or
-attributes lead back to the optimizer.  Such a parameter is handed over in every step; and a full collection ends all
+Python's garbage collector does not see that a table holds a parameter, so it would never free a parameter whose hooks
+or attributes lead back to the optimizer.  Such a parameter is handed over in every step; and a full collection ends all
 tables that hold parameters, for hooks that came later.
 """
 
