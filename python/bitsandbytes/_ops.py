@@ -321,8 +321,8 @@ def _(name, p, g, state1, *rest):
     return _on_device_of(p, (len(p), 2), torch.float64)
 
 
-# The table holds all but g of a step, and p if asked, out of the dispatcher's sight: both are for eager mode alone, and the
-# fakes say that there is no table.  optim/calls.py has the ways to use them; bnb_torch_forget() ends a table.
+# The table holds all but g of a step, and p if asked, out of the dispatcher's sight: both are for eager mode alone, and
+# the fakes say that there is no table.  optim/calls.py has the ways to use them; bnb_torch_forget() ends a table.
 @_operator(
     "_optimizer_table(bool with_params, str name, Tensor[] p, Tensor[] g, Tensor[] state1, Tensor[] state2, "
     f"Tensor[] absmax1, Tensor[] absmax2, Tensor[] qmaps, Tensor[] steps, Tensor[] unorm, {_GROUP}) -> int",
