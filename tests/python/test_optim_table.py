@@ -4,20 +4,17 @@ Every case runs twice, once with tables and once without, from the same numbers.
 """
 
 import copy
-import gc
 import pickle
-import weakref
 
 import pytest
 import torch
 from torch import nn
 
-import bitsandbytes as bnb
 from bitsandbytes import optim
 from bitsandbytes.optim import calls
+from table_cases import give, has_table, make, parameters, tables
 
 CLASSES = ["Adam", "AdamW", "AdEMAMix", "Lion", "LAMB", "LARS", "SGD", "RMSprop", "Adagrad"]
-SHAPES = [(700,), (64, 9), (5, 3, 2), (1,), (0, 4), (257,)]  # the larger ones get 8-bit state
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 on_every_device = pytest.mark.parametrize("device", DEVICES)
@@ -27,37 +24,6 @@ ops = torch.ops.bitsandbytes
 @pytest.fixture(autouse=True)
 def _no_settings():
     optim.GlobalOptimManager.get_instance().initialize()
-
-
-def parameters(device="cpu", dtypes=(torch.float32, torch.bfloat16), shapes=SHAPES):
-    noise = torch.Generator().manual_seed(1)
-    return [
-        nn.Parameter(torch.randn(shape, generator=noise).to(device, dtypes[i % len(dtypes)]))
-        for i, shape in enumerate(shapes)
-    ]
-
-
-def make(name, params, bits=8, **options):
-    options = {"momentum": 0.9, **options} if name in ("LARS", "SGD") else options
-    optimizer = getattr(optim, name)(params, lr=1e-2, optim_bits=bits, **options)
-    for group in optimizer.param_groups:
-        group["min_8bit_size"] = 256
-    return optimizer
-
-
-def give(params, t, skip=()):
-    """Gradients that depend on step and place alone."""
-    for i, p in enumerate(params):
-        noise = torch.Generator().manual_seed(1000 * t + i)
-        p.grad = None if i in skip else torch.randn(p.shape, generator=noise).to(p.device, p.dtype)
-
-
-def tables(optimizer):
-    return [call._table for plan in optimizer._plans.values() for call in plan.calls]
-
-
-def has_table(optimizer):
-    return bool(tables(optimizer)) and None not in tables(optimizer)
 
 
 def content(optimizer):
@@ -433,115 +399,3 @@ def test_under_a_dispatch_mode_the_lists_travel():
         optimizer.step()
     assert "bitsandbytes._optimizer_step.default" in seen
     assert not any("_optimizer_run" in each or "_optimizer_table" in each for each in seen)
-
-
-# ---------------------------------------------------------------- version counters
-
-
-def _stepped(p):
-    """An optimizer over p that has its table, and a gradient."""
-    optimizer = make("AdamW", [p])
-    for _ in range(3):
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-    assert has_table(optimizer)
-    p.grad = torch.ones_like(p)
-    return optimizer
-
-
-def test_saved_tensors_notice_the_step():
-    p = nn.Parameter(torch.ones(16, 16))
-    optimizer = _stepped(p)
-    x = torch.ones(16, 16, requires_grad=True)
-    y = (x @ p).sum()
-    version = p._version
-    optimizer.step()
-    assert p._version == version + 1
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.backward()
-
-
-def test_int8_codes_follow_the_step():
-    weight, x, state = nn.Parameter(torch.randn(32, 64)), torch.randn(4, 64), bnb.MatmulLtState()
-    optimizer = _stepped(weight)
-    state.is_training = False
-    bnb.matmul(x, weight, state=state)
-    before = state.SCB.clone()
-    for group in optimizer.param_groups:
-        group["lr"] = 1.0
-    optimizer.step()
-    assert has_table(optimizer)
-    bnb.matmul(x, weight, state=state)
-    assert not torch.equal(state.SCB, before)
-    assert torch.equal(state.CB, bnb.functional.int8_vectorwise_quant(weight.detach().half())[0])
-
-
-# ---------------------------------------------------------------- lifetime
-
-
-def _holds(optimizer):
-    """Does the library hold the parameters?"""
-    return [table.params == [] for table in tables(optimizer)]
-
-
-def _trained(params, **options):
-    optimizer = make("AdamW", params, **options)
-    for t in range(3):
-        give(params, t)
-        optimizer.step()
-    assert has_table(optimizer)
-    return optimizer
-
-
-def test_parameters_that_lead_nowhere_are_held_until_a_full_collection():
-    params = parameters()
-    params[0]._is_hf_initialized = True
-    optimizer = _trained(params)
-    assert _holds(optimizer) == [True]
-    gc.collect(0)
-    assert has_table(optimizer)
-    gc.collect()
-    assert tables(optimizer) == [None]
-    give(params, 3)
-    optimizer.step()
-    assert _holds(optimizer) == [True]
-
-
-@pytest.mark.parametrize("lead", ["hook", "late", "post", "attribute"])
-def test_parameters_that_lead_to_the_optimizer_are_freed(lead):
-    params = parameters()
-    optimizer = _trained(params)
-    if lead in ("hook", "late"):
-        params[0].register_hook(lambda grad, optimizer=optimizer: grad)
-    elif lead == "post":
-        params[0].register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: None)
-    else:
-        params[0].owner = optimizer
-    if lead != "late":
-        gc.collect()
-        for t in range(3, 6):
-            give(params, t)
-            optimizer.step()
-        assert _holds(optimizer) == [False]
-    if lead == "post":
-        return  # torch hides what such a hook refers to from the garbage collector, with any optimizer
-    gone = [weakref.ref(optimizer), weakref.ref(params[0]), weakref.ref(tables(optimizer)[0])]
-    del optimizer, params
-    gc.collect()
-    assert [each() for each in gone] == [None] * 3
-
-
-def test_memory_goes_with_the_optimizer():
-    """Also where a hook of the parameter refers to the optimizer, so that only the garbage collector can end both."""
-    params = parameters()
-    optimizer = make("AdamW", params)
-    for t in range(3):
-        give(params, t)
-        optimizer.step()
-    assert has_table(optimizer)
-    forgotten = weakref.ref(tables(optimizer)[0])
-    params[0].register_hook(lambda grad, optimizer=optimizer: grad)
-    gone = [weakref.ref(optimizer), weakref.ref(params[0]), weakref.ref(optimizer.state[params[0]]["state1"])]
-    del optimizer, params
-    gc.collect()
-    assert [each() for each in (*gone, forgotten)] == [None] * 4
