@@ -257,11 +257,14 @@ def _are_same(keys: tuple[str, ...], states: list[dict[str, Any]], tensors: list
     """
     if len(keys) == 4:
         k, j, m, n = keys
-        return not any(
-            state[k] is not a or state[j] is not b or state[m] is not c or state[n] is not d
-            for state, a, b, c, d in zip(states, *tensors, strict=True)
-        )
+        for state, a, b, c, d in zip(states, *tensors, strict=True):
+            if state[k] is not a or state[j] is not b or state[m] is not c or state[n] is not d:
+                return False
+        return True
     if len(keys) == 2:
         k, j = keys
-        return not any(state[k] is not a or state[j] is not b for state, a, b in zip(states, *tensors, strict=True))
+        for state, a, b in zip(states, *tensors, strict=True):
+            if state[k] is not a or state[j] is not b:
+                return False
+        return True
     return all(all(map(is_, map(itemgetter(key), states), each)) for key, each in zip(keys, tensors, strict=True))
