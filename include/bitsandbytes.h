@@ -418,7 +418,7 @@ BNB_API int64_t bnb_pages_least(void);
 
 /*
  * bnb_optim_step() - one update of `count` parameters, equal to one call per parameter
- * Rows and formulas: docs/OPTIMIZERS.md; numbers: docs/NUMERICS.md, rules 20 and on.  Nothing is allocated.
+ * Rows and formulas: docs/OPTIMIZERS.md; numbers: docs/NUMERICS.md, rules 20 and on.  Needs workspace on CUDA alone.
  * BNB_EINVAL (unknown name, a value out of range, a missing buffer), BNB_EDTYPE, BNB_EDEVICE.
  */
 BNB_API bnb_status bnb_optim_step(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,

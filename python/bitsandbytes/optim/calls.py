@@ -263,8 +263,5 @@ def _are_same(keys: tuple[str, ...], states: list[dict[str, Any]], tensors: list
         return True
     if len(keys) == 2:
         k, j = keys
-        for state, a, b in zip(states, *tensors, strict=True):
-            if state[k] is not a or state[j] is not b:
-                return False
-        return True
+        return all(state[k] is a and state[j] is b for state, a, b in zip(states, *tensors, strict=True))
     return all(all(map(is_, map(itemgetter(key), states), each)) for key, each in zip(keys, tensors, strict=True))
