@@ -199,9 +199,8 @@ def report(found):
         if other and "train peak MB" in lines:
             saved = other["memory MB"] - lines["memory MB"]
             less = other["train peak MB"] - lines["train peak MB"]
-            print(
-                f"{name:8} a step takes {less:.0f} MB less, the weights {saved:.0f} MB: {'ok' if less >= saved else 'MISSED'}"
-            )
+            verdict = "ok" if less >= saved else "MISSED"
+            print(f"{name:8} a step takes {less:.0f} MB less, the weights {saved:.0f} MB {verdict}")
             missed += [(name, "train peak MB")] if less < saved else []
     return missed
 

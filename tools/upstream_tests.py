@@ -7,9 +7,10 @@ folder, so that nothing but the installed package can be imported under the name
 the package must prove to be ours: its place, its version, and its native library.  Tests marked slow, benchmark or
 deprecated are not run.  pytest runs in this process: the package that was checked is the one that is tested.
 
-The list, tests/upstream/expected.csv, has the columns id, outcome and reason.  In an id, relative to tests/, a star
-stands for any text and every other character for itself; a file that cannot be imported is the one test
-FILE::(collection).  The outcome is failed, skipped, error, xfailed or xpassed; a test that no row names must pass.
+Upstream's tests run on the device that BNB_TEST_DEVICE names, on the CPU if it names none.  The list,
+tests/upstream/expected.csv, or expected-cuda.csv on CUDA, has the columns id, outcome and reason.  In an id, relative
+to tests/, a star stands for any text and every other character for itself; a file that cannot be imported is the one
+test FILE::(collection).  The outcome is failed, skipped, error, xfailed or xpassed; a test that no row names must pass.
 The list cannot rot: it is a difference, too, if a test does not have the outcome of its row, if two rows name one
 test, and if a row of a file that was run names no test (not judged when PYTEST_ARGs, which may select, are given).
 
@@ -31,6 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build/upstream-tests"
 OUTCOMES = ("failed", "skipped", "error", "xfailed", "xpassed")
 MARKS = ("slow", "benchmark", "deprecated")
+DEVICE = os.environ.setdefault("BNB_TEST_DEVICE", "cpu")  # upstream's name: its tests read it
+EXPECTED = ROOT / f"tests/upstream/expected{'' if DEVICE == 'cpu' else '-' + DEVICE}.csv"
 
 
 class Row(NamedTuple):
@@ -189,7 +192,7 @@ def arguments_of(argv):
     parser.add_argument("upstream", type=Path, help="a checkout of upstream")
     parser.add_argument("--files", nargs="+", default=["test_optim.py"], metavar="FILE", help="files of its tests/")
     parser.add_argument("--site", type=Path, default=sysconfig.get_path("purelib"), help="where our package must lie")
-    parser.add_argument("--expected", type=Path, default=ROOT / "tests/upstream/expected.csv", help="the list")
+    parser.add_argument("--expected", type=Path, default=EXPECTED, help="the list")
     at = argv.index("--") if "--" in argv else len(argv)
     arguments = parser.parse_args(argv[:at])
     arguments.pytest = argv[at + 1 :]
