@@ -45,8 +45,9 @@ def input_of(kind, device):
 
 
 def devices_of(model):
-    """The devices of what a state dict holds, but for the format's tag."""
-    return {value.device.type for key, value in model.state_dict().items() if not key.endswith("weight_format")}
+    """The devices of what a state dict holds, but for tags and packed descriptions, which are on the CPU."""
+    kept = ("weight_format", "bitsandbytes__")
+    return {value.device.type for key, value in model.state_dict().items() if not any(k in key for k in kept)}
 
 
 def used(kind):

@@ -208,7 +208,7 @@ def test_another_device(monkeypatch, there):
         for p in params:
             p.grad = None
             p.data = p.data.to(there)
-        optim.checkpoint.move_state(optimizer.state)
+        optim.checkpoint.move_state(optimizer)
 
     compare(run(change, device="cuda" if there == "cpu" else "cpu"), monkeypatch)
 
