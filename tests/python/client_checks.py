@@ -32,13 +32,14 @@ def load(folder, options=None, **more):
     return model
 
 
-def logits(model):
-    """float32 [2, 6, vocabulary]"""
-    inputs = {"input_ids": IDS}
+def logits(model, device="cpu"):
+    """float32 [2, 6, vocabulary] on the CPU. device: where the model takes its input."""
+    ids = IDS.to(device)
+    inputs = {"input_ids": ids}
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = IDS.flip(1)
+        inputs["decoder_input_ids"] = ids.flip(1)
     with torch.no_grad():
-        return model(**inputs).logits.float()
+        return model(**inputs).logits.float().cpu()
 
 
 def greedy(model, use_cache=True):

@@ -175,11 +175,7 @@ def on_card(clients, folder, config):
 
 
 def run(checks, model):
-    """float32 logits on the CPU"""
-    ids = checks.IDS.to(cuda_cases.DEVICE)
-    extra = {"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(input_ids=ids, **extra).logits.float().cpu()
+    return checks.logits(model, cuda_cases.DEVICE)
 
 
 @every_config
