@@ -4,7 +4,8 @@ The model is made here, of random numbers, saved, and loaded once per format.  P
 generate() and of a decoding step in a CUDA graph (static cache), the prefill of 2048 tokens, memory after loading, and
 the peak of a training step of LoRA adapters.  Ratios are to the 16-bit model of the same activations: NF4 to bf16, int8
 to f16.  Exit status 1 if a line misses what it must reach.
-Usage: python bench/bench_model.py [--json FILE] [--only decode,prefill,train] [--hidden N] [--layers N] [--tokens N]
+Usage: python bench/bench_model.py [--json FILE] [--only decode,prefill,train] [--formats bf16,nf4,f16,int8]
+       [--hidden N] [--layers N] [--tokens N]
 """
 
 import argparse
@@ -187,16 +188,16 @@ def report(found):
     print(f"{'format':8} {'line':14} {'value':>12} {'16 bits':>12} {'ratio':>7} {'must':>6}")
     for name, lines in found.items():
         other = found.get(FORMATS[name][2])
+        if other is None:
+            continue
         for line, value in lines.items():
-            if other is None:
-                continue
             least = MUSTS.get((name, line))
             ratio = value / other[line]
             verdict = "" if least is None else "ok" if ratio >= least else "MISSED"
             print(f"{name:8} {line:14} {value:12.1f} {other[line]:12.1f} {ratio:7.3f} {least or '':>6} {verdict}")
             if verdict == "MISSED":
                 missed.append((name, line))
-        if other and "train peak MB" in lines:
+        if "train peak MB" in lines:
             saved = other["memory MB"] - lines["memory MB"]
             less = other["train peak MB"] - lines["train peak MB"]
             verdict = "ok" if less >= saved else "MISSED"
