@@ -117,8 +117,8 @@ static __device__ __noinline__ void update_any(const struct bnb_cuda_tensor *t, 
 /* The whole blocks of a tensor from `block` to `last`, `step` apart, by one warp.  Returns where it stopped: at a block with
  * a state that is not finite, which it has left as it was, or behind the last. */
 template <int RULE, typename T, int BITS, bool PLAIN, typename MAPS>
-DEVICE int64_t update_whole(const struct bnb_cuda_tensor *t, int64_t block, int64_t last, int step,
-                            const struct bnb_optim_scalars *scalars, const MAPS *maps, struct waiting_room<RULE> *room)
+DEVICE int update_whole(const struct bnb_cuda_tensor *t, int block, int last, int step,
+                        const struct bnb_optim_scalars *scalars, const MAPS *maps, struct waiting_room<RULE> *room)
 {
     enum { LAY = BITS == 32 || sizeof(T) == sizeof(float) ? SPREAD : RUN };
     const typename rules<T>::scalars k = rules<T>::load(scalars);
@@ -172,11 +172,11 @@ DEVICE bool is_simple(const struct bnb_cuda_tensor *t, const struct bnb_optim_sc
 }
 
 template <int RULE, typename T, int BITS, typename MAPS>
-DEVICE void update_blocks(const struct bnb_cuda_tensor *t, int64_t block, int64_t last, int step,
+DEVICE void update_blocks(const struct bnb_cuda_tensor *t, int block, int last, int step,
                           const struct bnb_optim_scalars *scalars, const MAPS *maps, int stochastic,
                           struct waiting_room<RULE> *room)
 {
-    const int64_t all = t->n / OPTIM_BLOCK, whole = last < all ? last : all;
+    const int all = (int)(t->n / OPTIM_BLOCK), whole = last < all ? last : all;
     const bool simple = is_simple<RULE, T>(t, scalars, maps, stochastic), plain = !(scalars->coupled > 0.0f);
     while (block < last) {
         if (simple && plain)
@@ -190,7 +190,7 @@ DEVICE void update_blocks(const struct bnb_cuda_tensor *t, int64_t block, int64_
 }
 
 template <int RULE, typename T, typename MAPS>
-DEVICE void update_some(const struct bnb_cuda_tensor *t, int64_t block, int64_t last, int step,
+DEVICE void update_some(const struct bnb_cuda_tensor *t, int block, int last, int step,
                         const struct bnb_optim_scalars *scalars, const MAPS *maps, int stochastic,
                         struct waiting_room<RULE> *room)
 {
@@ -200,42 +200,95 @@ DEVICE void update_some(const struct bnb_cuda_tensor *t, int64_t block, int64_t 
         update_blocks<RULE, T, 32>(t, block, last, step, scalars, maps, stochastic, room);
 }
 
+/*
+ * What the threads of a block know of the run of chunks that they work on: eight tensors together and the scalars, which
+ * most tensors share, so that small tensors do not each cost the way to memory and back.  In shared memory, where it takes
+ * no registers from the update.
+ */
+struct run_in_flight {
+    enum { MOST = 8, WORDS = sizeof(struct bnb_cuda_tensor) / 4 };
+    struct bnb_cuda_tensor tensor[MOST];
+    struct bnb_optim_scalars scalars;
+    int64_t begin, end; /* the chunks of the run */
+    int index, count;   /* tensors index, ..., index + count - 1 have these scalars, and begin before the end */
+};
+
+DEVICE void run_begin(struct run_in_flight *f, const struct bnb_cuda_optim &o)
+{
+    if (threadIdx.x == 0) {
+        f->begin = o.chunks * blockIdx.x / gridDim.x;
+        f->end = o.chunks * (blockIdx.x + 1) / gridDim.x;
+        f->index = entry_of(o.tensors, o.count, f->begin);
+        f->count = 0;
+    }
+}
+
+/* Fetch the next tensors of the run; false: there are none. */
+DEVICE bool run_next(struct run_in_flight *f, const struct bnb_cuda_optim &o)
+{
+    enum { MOST = run_in_flight::MOST, WORDS = run_in_flight::WORDS };
+    __syncthreads();
+    if (threadIdx.x == 0)
+        f->index += f->count;
+    __syncthreads();
+    const int index = f->index, left = o.count - index, most = left < MOST ? left : MOST;
+    for (int i = (int)threadIdx.x; i < most * WORDS; i += (int)blockDim.x)
+        ((unsigned *)f->tensor)[i] = ((const unsigned *)(o.tensors + index))[i];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const int plan = f->tensor[0].plan;
+        int count = 0;
+        while (count < most && f->tensor[count].plan == plan && f->tensor[count].first < f->end)
+            count++;
+        f->count = count;
+        if (count > 0)
+            f->scalars = o.plans[plan].scalars;
+    }
+    __syncthreads();
+    return f->count > 0;
+}
+
+/* The chunks of tensor i that lie in the run, a block of elements to each warp in turn.  Blocks are counted by 32 bits, up to
+ * 2^39 elements: registers are scarce here.  The warp has a copy of what there
+ * is to know of the tensor, at an address that costs no register of its own. */
+template <int RULE, typename MAPS>
+DEVICE void update_chunks(const struct run_in_flight *f, int i, const MAPS *maps, int stochastic,
+                          struct waiting_room<RULE> *room)
+{
+    enum { WARPS = BNB_CUDA_CHUNK / OPTIM_BLOCK };
+    const struct bnb_cuda_tensor *t = &room->tensor;
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    __syncwarp();
+    if (lane < run_in_flight::WORDS)
+        ((unsigned *)&room->tensor)[lane] = ((const unsigned *)&f->tensor[i])[lane];
+    __syncwarp();
+    const int from = f->begin > t->first ? (int)(f->begin - t->first) * WARPS : 0;
+    const int until = (int)(f->end - t->first) * WARPS, blocks = (int)((t->n + OPTIM_BLOCK - 1) / OPTIM_BLOCK);
+    const int last = until < blocks ? until : blocks;
+    const int block = from + ((warp - f->index - i) & (WARPS - 1)); /* small tensors begin with different warps */
+    if (t->dtype == BNB_CUDA_BF16)
+        update_some<RULE, bf16>(t, block, last, WARPS, &f->scalars, maps, stochastic, room);
+    else if (t->dtype == BNB_CUDA_F16)
+        update_some<RULE, f16>(t, block, last, WARPS, &f->scalars, maps, stochastic, room);
+    else
+        update_some<RULE, float>(t, block, last, WARPS, &f->scalars, maps, stochastic, room);
+}
+
 template <int RULE> DEVICE void optim_step(const struct bnb_cuda_optim &o)
 {
     __shared__ struct maps_of_rule<RULE> maps;
-    __shared__ struct bnb_cuda_tensor tensor;
-    __shared__ struct bnb_optim_scalars scalars;
+    __shared__ struct run_in_flight flight;
     __shared__ struct waiting_room<RULE> rooms[BNB_CUDA_CHUNK / OPTIM_BLOCK];
-    struct waiting_room<RULE> *room = &rooms[threadIdx.x / 32];
+    run_begin(&flight, o);
     if (o.map1)
         map8_load(&maps.first, o.map1, rule_kind(RULE, 0));
     if constexpr (RULE == BNB_RULE_ADAM || RULE == BNB_RULE_ADEMAMIX)
         if (o.map2)
             map8_load(&maps.second, o.map2, rule_kind(RULE, 1));
-    enum { WARPS = BNB_CUDA_CHUNK / OPTIM_BLOCK };
-    const int64_t begin = o.chunks * blockIdx.x / gridDim.x, end = o.chunks * (blockIdx.x + 1) / gridDim.x;
-    int index = entry_of(o.tensors, o.count, begin);
-    for (int64_t chunk = begin; chunk < end;) {
-        while (index + 1 < o.count && o.tensors[index + 1].first <= chunk)
-            index++;
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            tensor = o.tensors[index];
-            scalars = o.plans[tensor.plan].scalars;
-        }
-        __syncthreads();
-        const int64_t stop = index + 1 < o.count && o.tensors[index + 1].first < end ? o.tensors[index + 1].first : end;
-        const int64_t blocks = (tensor.n + OPTIM_BLOCK - 1) / OPTIM_BLOCK, until = (stop - tensor.first) * WARPS;
-        const int64_t block = (chunk - tensor.first) * WARPS + (int)threadIdx.x / 32,
-                      last = until < blocks ? until : blocks;
-        if (tensor.dtype == BNB_CUDA_BF16)
-            update_some<RULE, bf16>(&tensor, block, last, WARPS, &scalars, &maps, o.stochastic, room);
-        else if (tensor.dtype == BNB_CUDA_F16)
-            update_some<RULE, f16>(&tensor, block, last, WARPS, &scalars, &maps, o.stochastic, room);
-        else
-            update_some<RULE, float>(&tensor, block, last, WARPS, &scalars, &maps, o.stochastic, room);
-        chunk = stop;
-    }
+    while (run_next(&flight, o))
+#pragma unroll 1
+        for (int i = 0; i < flight.count; i++)
+            update_chunks<RULE>(&flight, i, &maps, o.stochastic, &rooms[threadIdx.x / 32]);
 }
 
 #endif
