@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elf import exported_symbols
 
-TORCH_ENTRY = {"bnb_torch_register", "bnb_torch_forget"}
+TORCH_ENTRY = {"bnb_torch_register", "bnb_torch_forget", "bnb_torch_ready"}
 
 
 def declared(header):

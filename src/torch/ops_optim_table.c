@@ -8,6 +8,9 @@
  * about parameters: they may refer to whatever owns the table, by a hook or an attribute, and Python's garbage collector
  * cannot see through a handle.
  *
+ * Where the parameters are held, a step need not bring the gradients either: bnb_torch_ready() finds those that the
+ * parameters have.  That spares the caller a thousand small objects per step.
+ *
  * The caller knows a table by a number that is never used twice, and forgets it with bnb_torch_forget().
  */
 #include <pthread.h>
@@ -31,6 +34,8 @@ struct table {
     int32_t device, device_index;
     size_t count, held_count;
     bool counters;     /* steps are counted by tensors */
+    bool finds;        /* gradients are found by way of the parameters */
+    bool ready;        /* found, and all is current: the next run takes them */
     int32_t *dtypes;   /* [count] of the parameters, as torch numbers them */
     torch_tensor *params; /* [count] if they are held, else NULL */
     struct held *held; /* [held_count] */
@@ -49,6 +54,7 @@ static struct {
 } tables = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 BNB_API void bnb_torch_forget(int64_t table);
+BNB_API int bnb_torch_ready(int64_t table);
 
 /* ---------------------------------------------------------------- tables and numbers */
 
@@ -128,6 +134,25 @@ void bnb_torch_forget(int64_t table) { free_table(look_up(table, true)); }
 
 /* ---------------------------------------------------------------- making one */
 
+/* What torch keeps about a tensor: a handle points to a pointer to it, as a c10::intrusive_ptr is nothing else. */
+static const void *impl_of(torch_tensor tensor) { return *(const void *const *)(const void *)tensor; }
+
+/* The gradient of a parameter, borrowed; it may be undefined. */
+static torch_tensor gradient_of(torch_tensor param) { return bnb_shim.gradient(impl_of(param)); }
+
+/* Does torch's own function find the gradients that the caller has given? */
+static bool finds_gradients(const struct table *t, const struct bnb_tensors *g)
+{
+    if (!t->params || !bnb_shim.gradient)
+        return false;
+    for (size_t i = 0; i < t->count; i++) {
+        const torch_tensor found = gradient_of(t->params[i]);
+        if (!found || impl_of(found) != impl_of(g->items[i].handle))
+            return false;
+    }
+    return true;
+}
+
 static bool are_contiguous(const struct bnb_tensors *list)
 {
     for (size_t i = 0; i < list->count; i++)
@@ -172,6 +197,7 @@ static struct table *adopt(struct bnb_call *c, const struct bnb_group *l, const 
         memmove(c->owned, c->owned + t->count, t->count * sizeof *c->owned);
         c->owned_count = t->count;
     }
+    t->finds = finds_gradients(t, &l->g);
     return t;
 }
 
@@ -235,44 +261,102 @@ static bool is_near(const struct table *t, torch_tensor tensor)
            device_index == t->device_index;
 }
 
-/* A handle points to a pointer to what torch knows of the tensor.  The tensors of a step do not fit into the first caches,
- * and nobody else has touched most of them lately. */
-static void prefetch(torch_tensor tensor)
+/* What torch keeps about a tensor points to its storage, near its beginning.  The tensors of a step do not fit into the
+ * first caches, and nobody else has touched most of them lately.  Prefetching asks nothing of an address: where torch keeps
+ * things elsewhere, this is of no use and does no harm. */
+enum { NEAR = 4, AHEAD = 8, FAR_AHEAD = 16 }; /* tensors by which prefetching is ahead */
+
+static void prefetch_tensor(torch_tensor tensor)
 {
-    const char *about = *(const char *const *)(const void *)tensor;
+    const char *about = impl_of(tensor);
     for (int line = 0; line < 4; line++)
         __builtin_prefetch(about + 64 * (ptrdiff_t)line);
 }
 
-enum { AHEAD = 8 }; /* tensors by which prefetching is ahead */
-
-/* Are all tensors what the table takes them for?  Enters the addresses of the gradients. */
-static bool is_current(struct table *t, const struct bnb_handles *p, const struct bnb_handles *g)
+static void prefetch_storage(torch_tensor tensor)
 {
-    const torch_tensor *params = t->params ? t->params : p->items;
-    if (p->count != (t->params ? 0 : t->count) || g->count != t->count)
-        return false;
+    const char *const *about = impl_of(tensor);
+    __builtin_prefetch(about[2]); /* behind two words; there are three in older releases */
+    __builtin_prefetch(about[3]); /* or what autograd knows */
+}
+
+/* Are the states what they were? */
+static bool holds_states(const struct table *t)
+{
     for (size_t i = 0; i < t->held_count; i++) {
         const struct held *h = &t->held[i];
+        if (i + FAR_AHEAD < t->held_count)
+            prefetch_tensor(h[FAR_AHEAD].handle);
         if (i + AHEAD < t->held_count)
-            prefetch(h[AHEAD].handle);
+            prefetch_storage(h[AHEAD].handle);
         if (address_of(h->handle, h->dtype, h->n, true) != h->data)
             return false;
     }
+    return true;
+}
+
+/* Are parameter i and its gradient what the table takes them for?  Enters the address of the gradient. */
+static bool enter_gradient(struct table *t, size_t i, torch_tensor param, torch_tensor gradient)
+{
+    bnb_optim_tensor *e = &t->tensors[i];
+    const void *to = address_of(param, t->dtypes[i], e->n, true);
+    const void *from = address_of(gradient, t->dtypes[i], e->n, false);
+    if (e->n > 0 && (to != e->p || !from || !is_near(t, gradient)))
+        return false;
+    if (e->n > 0)
+        e->g = from;
+    return true;
+}
+
+/* Are all tensors what the table takes them for? */
+static bool is_current(struct table *t, const struct bnb_handles *p, const struct bnb_handles *g)
+{
+    const torch_tensor *params = t->params ? t->params : p->items;
+    if (p->count != (t->params ? 0 : t->count) || g->count != t->count || !holds_states(t))
+        return false;
     for (size_t i = 0; i < t->count; i++) {
-        bnb_optim_tensor *e = &t->tensors[i];
-        if (i + AHEAD < t->count && g->items[i + AHEAD] && params[i + AHEAD]) {
-            prefetch(params[i + AHEAD]);
-            prefetch(g->items[i + AHEAD]);
+        if (i + FAR_AHEAD < t->count && g->items[i + FAR_AHEAD] && params[i + FAR_AHEAD]) {
+            prefetch_tensor(params[i + FAR_AHEAD]);
+            prefetch_tensor(g->items[i + FAR_AHEAD]);
+            prefetch_storage(params[i + AHEAD]);
+            prefetch_storage(g->items[i + AHEAD]);
         }
-        const void *to = address_of(params[i], t->dtypes[i], e->n, true);
-        const void *from = address_of(g->items[i], t->dtypes[i], e->n, false);
-        if (e->n > 0 && (to != e->p || !from || !is_near(t, g->items[i])))
+        if (!enter_gradient(t, i, params[i], g->items[i]))
             return false;
-        if (e->n > 0)
-            e->g = from;
     }
     return true;
+}
+
+/* The same with the gradients that the parameters have; a parameter without one is not current. */
+static bool finds_current(struct table *t)
+{
+    if (!holds_states(t))
+        return false;
+    for (size_t i = 0; i < t->count; i++) {
+        if (i + FAR_AHEAD < t->count) {
+            prefetch_tensor(t->params[i + FAR_AHEAD]);
+            prefetch_storage(t->params[i + AHEAD]);
+            prefetch_tensor(gradient_of(t->params[i + NEAR]));
+            prefetch_storage(gradient_of(t->params[i + 1]));
+        }
+        const torch_tensor gradient = gradient_of(t->params[i]);
+        bool defined = false;
+        if (!gradient || bnb_shim.is_defined(gradient, &defined) || !defined ||
+            !enter_gradient(t, i, t->params[i], gradient))
+            return false;
+    }
+    return true;
+}
+
+/* May _optimizer_run be called with the first gradient alone, once, because every parameter has one and all tensors are what the table
+ * takes them for?  1: yes;  0: not now;  -1: never with this table, or there is no such table. */
+int bnb_torch_ready(int64_t table)
+{
+    struct table *t = look_up(table, false);
+    if (!t || !t->finds)
+        return -1;
+    t->ready = finds_current(t);
+    return t->ready;
 }
 
 static void check_count(struct bnb_call *c, const char *name, size_t count, size_t expected)
@@ -298,10 +382,19 @@ static void enter_options(struct bnb_call *c, struct table *t, struct bnb_group 
     }
 }
 
+/* Is the step possible?  One with the first gradient alone must have been announced. */
+static bool may_run(struct table *t, const struct bnb_handles *p, const struct bnb_handles *g)
+{
+    const bool ready = t->ready;
+    t->ready = false;
+    return g->count == 1 && p->count == 0 && t->count > 1 ? ready : is_current(t, p, g);
+}
+
 /* _optimizer_run(int table, Tensor(a!)[] p, Tensor[] g, Tensor? gnorm_scale, Tensor? norms, Tensor? lr_tensor,
  *     int[] step, int[] seed, float lr, ..., int page_bytes) -> bool: was the step made?  If not, nothing
- *     was written, and the table is of no more use.  p: empty if the table holds the parameters.  step: one per
- *     parameter, or one for all. */
+ *     was written, and the table is of no more use.  p: empty if the table holds the parameters.  g: after
+ *     bnb_torch_ready() the first suffices, by which the dispatcher knows the device.  step: one per parameter, or one for
+ *     all. */
 void bnb_op_optimizer_run(torch_value *stack, uint64_t inputs, uint64_t outputs)
 {
     struct bnb_call c;
@@ -315,7 +408,7 @@ void bnb_op_optimizer_run(torch_value *stack, uint64_t inputs, uint64_t outputs)
     if (!t)
         bnb_call_fail(&c, BNB_EINVAL, "%s: table is %lld, expected the number of one that _optimizer_table() has made",
                       c.op, (long long)id);
-    const bool current = t && bnb_call_ok(&c) && is_current(t, &p, &g);
+    const bool current = t && bnb_call_ok(&c) && may_run(t, &p, &g);
     if (current) {
         enter_options(&c, t, &l);
         bnb_finish_config(&c, &l);

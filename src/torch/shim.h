@@ -38,6 +38,7 @@ typedef void (*torch_range_fn)(int64_t begin, int64_t end, void *arg);
       (torch_library library, const char *name, torch_kernel kernel, uint64_t version))                         \
     X(check, "aoti_torch_check", void,                                                                          \
       (bool condition, const char *function, const char *file, uint32_t line, const char *text))                \
+    X(is_defined, "aoti_torch_is_defined", torch_error, (torch_tensor tensor, bool *defined))                   \
     X(delete_tensor, "aoti_torch_delete_tensor_object", torch_error, (torch_tensor tensor))                     \
     X(empty, "aoti_torch_empty_strided", torch_error,                                                           \
       (int64_t dim, const int64_t *sizes, const int64_t *strides, int32_t dtype, int32_t device, int32_t index, \
@@ -67,12 +68,14 @@ typedef void (*torch_range_fn)(int64_t begin, int64_t end, void *arg);
     X(parallel_for, "torch_parallel_for", torch_error,                                                          \
       (int64_t begin, int64_t end, int64_t grain, torch_range_fn body, void *arg))
 
-/* NULL where the running torch lacks them: the three of 2.13, and the one of libtorch_cuda. */
-#define BNB_SHIM_OPTIONAL(X)                                                      \
-    X(new_box, "torch_new_stable_ivalue", torch_error, (torch_value * *box))      \
-    X(delete_box, "torch_delete_stable_ivalue", torch_error, (torch_value * box)) \
-    X(reason, "torch_exception_get_what_without_backtrace", const char *, (void)) \
-    X(cuda_stream, "aoti_torch_get_current_cuda_stream", torch_error, (int32_t index, void **stream))
+/* NULL where the running torch lacks them: the three of 2.13, the one of libtorch_cuda, and c10::TensorImpl::grad(), whose
+ * callers make sure that it answers as Python does. */
+#define BNB_SHIM_OPTIONAL(X)                                                                          \
+    X(new_box, "torch_new_stable_ivalue", torch_error, (torch_value * *box))                          \
+    X(delete_box, "torch_delete_stable_ivalue", torch_error, (torch_value * box))                     \
+    X(reason, "torch_exception_get_what_without_backtrace", const char *, (void))                     \
+    X(cuda_stream, "aoti_torch_get_current_cuda_stream", torch_error, (int32_t index, void **stream)) \
+    X(gradient, "_ZNK3c1010TensorImpl4gradEv", torch_tensor, (const void *impl))
 
 struct bnb_shim {
 #define X(member, symbol, result, arguments) result(*member) arguments;

@@ -275,6 +275,21 @@ def test_gradients_come_and_go(monkeypatch):
     compare(script, monkeypatch)
 
 
+def test_gradients_are_found_in_usual_training(monkeypatch):
+    """From the third step on Python need not collect them; in steps where one is missing, it does."""
+    params = parameters()
+    optimizer = make("AdamW", params)
+    ready, collected = [], []
+    is_ready, gradients = calls._Table.is_ready, calls.Call._gradients
+    monkeypatch.setattr(calls._Table, "is_ready", lambda table: ready.append(is_ready(table)) or ready[-1])
+    monkeypatch.setattr(calls.Call, "_gradients", lambda call, n=None: collected.append(n) or gradients(call, n))
+    for t in range(6):
+        give(params, t, skip=(3,) if t == 4 else ())
+        optimizer.step()
+    assert ready == [True, True, False]  # steps 2, 3 and 4; step 5 follows one with another plan
+    assert collected == [1, 1]
+
+
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_training(monkeypatch, set_to_none):
     """Gradients as autograd makes them, accumulated in place or anew."""

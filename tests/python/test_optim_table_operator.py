@@ -52,6 +52,74 @@ def test_a_table_that_is_gone_is_refused():
     _forget(other)
 
 
+def _ready(number):
+    return bnb.cextension.lib.bnb_torch_ready(ctypes.c_int64(number))
+
+
+def _two(**changes):
+    """A table of two parameters that it holds; they have gradients."""
+    p = [torch.nn.Parameter(torch.ones(n)) for n in (300, 5)]
+    for each in p:
+        each.grad = torch.full_like(each, 0.5)
+    lists = {"p": p, "g": [each.grad for each in p]}
+    lists |= {key: [torch.zeros(300), torch.zeros(5)] for key in ("state1", "state2")}
+    return p, *_table(True, **(lists | changes))
+
+
+def test_gradients_that_the_parameters_have():
+    """After bnb_torch_ready() one run does with the first gradient; it takes those of that moment."""
+    p, lists, number = _two()
+    before = [each.detach().clone() for each in p]
+    assert not _run(number, [], [p[0].grad])  # nobody has asked
+    assert _ready(number) == 1
+    p[1].grad = None
+    assert _ready(number) == 0
+    assert not _run(number, [], [p[0].grad])
+    assert all(map(torch.equal, before, p))
+    p[1].grad = torch.full((5,), -2.0)
+    assert _ready(number) == 1
+    assert _run(number, [], [p[0].grad])
+    assert torch.all(p[0] < 1) and torch.all(p[1] > 0.998)  # decayed, then up
+    assert torch.allclose(lists["state1"][1], torch.tensor(-0.2), rtol=1e-6)
+    assert not _run(number, [], [p[0].grad])  # once
+    _forget(number)
+
+
+@pytest.mark.parametrize(
+    "gradient", [torch.ones(4), torch.ones(5).double(), torch.ones(10)[::2], torch.ones(5).to_sparse()], ids=str
+)
+def test_gradients_that_a_table_cannot_take(gradient):
+    p, lists, number = _two()
+    if gradient.shape == p[1].shape and gradient.dtype == p[1].dtype:
+        p[1].grad = gradient
+    else:
+        p[1].data = torch.ones_like(gradient)
+        p[1].grad = gradient
+    assert _ready(number) == 0
+    state = lists["state2"][0]
+    assert not torch.any(state)
+    _forget(number)
+
+
+def test_tables_that_do_not_find_gradients():
+    """The caller gave others than the parameters have; the table does not hold the parameters; there is none."""
+    p, _, number = _two(g=[torch.ones(300), torch.ones(5)])
+    assert _ready(number) == -1
+    lists, other = _table(False)
+    assert _ready(other) == -1
+    for each in (number, other):
+        _forget(each)
+        assert _ready(each) == -1
+    assert _ready(0) == -1
+
+
+def test_a_moved_state_is_not_ready():
+    _, lists, number = _two()
+    lists["state1"][1].data = torch.zeros(5)
+    assert _ready(number) == 0
+    _forget(number)
+
+
 def test_tensors_that_are_not_those_of_the_table():
     lists, number = _table()
     p, g = lists["p"], lists["g"]

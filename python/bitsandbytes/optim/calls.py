@@ -68,11 +68,19 @@ class _Table:
     """A table of the library, forgotten there when this object dies.
 
     number  what the library knows it by;  params  what a run must bring: [] if the table holds the parameters
+    finds   can the library find the gradients?
     """
 
     def __init__(self, number: int, params: list[Tensor], own: _Own) -> None:
         self.number, self.params, self._steps, self._unorm = number, params, own.steps, own.unorm
+        self.finds = not params
         weakref.finalize(self, cextension.lib.bnb_torch_forget, ctypes.c_int64(number)).atexit = False
+
+    def is_ready(self) -> bool:
+        """Has every parameter a gradient, so that the next run need be given the first alone?"""
+        answer = cextension.lib.bnb_torch_ready(ctypes.c_int64(self.number)) if self.finds else 0
+        self.finds = answer >= 0 and self.finds
+        return answer > 0
 
     def holds(self, own: _Own) -> bool:
         """Are the counters and norms those that the library has?"""
@@ -129,6 +137,10 @@ class Call:
             return False
         return all(_are_same(*check) for check in self._checks)
 
+    def finds_gradients(self) -> bool:
+        """May the next run be given None for the gradients: has each parameter one, and the library found it?"""
+        return self._table is not None and self._wants_table() and self._table.is_ready()
+
     def ready_for(self, settings: Settings) -> None:
         """Make the entries of the states that the settings ask for, and each `step` a tensor or an int."""
         wanted = (settings.max_unorm > 0, settings.percentile < 100, settings.capturable)
@@ -143,8 +155,11 @@ class Call:
                 state["step"] = torch.tensor(count, device=p.device) if settings.capturable else int(count)
         self._ready, self._table = wanted, None
 
-    def run(self, settings: Settings, grads: list[Tensor]) -> None:
-        """Update the parameters, and count the step. grads: those of the parameters."""
+    def run(self, settings: Settings, grads: list[Tensor] | None) -> None:
+        """Update the parameters, and count the step. grads: those of the parameters, None after finds_gradients()."""
+        found = grads is None and self._table is not None and settings.percentile >= 100
+        if grads is None:
+            grads = self._gradients(1 if found else None)
         if self.sharded:
             grads = [sharding.gradient(p, g) for p, g in zip(self.params, grads, strict=True)]
         counts = [state["step"] for state in self.states]
@@ -154,7 +169,7 @@ class Call:
         unorm = [state["unorm_vec"] for state in self.states] if settings.max_unorm > 0 else []
         own = _Own(grads, steps, unorm, scale, step, seeds)
         if not self._run_table(settings, own):
-            self._run_lists(settings, own)
+            self._run_lists(settings, own._replace(grads=self._gradients()) if found else own)
         torch.autograd.graph.increment_version(self.params)  # as every in-place operation does; saved tensors notice
         if _are_equal(step):
             count = step[0]
@@ -163,6 +178,10 @@ class Call:
         else:
             for state, count in zip(self.states, step, strict=False):
                 state["step"] = count
+
+    def _gradients(self, count: int | None = None) -> list[Tensor]:
+        """Those of the first `count` parameters, or of all."""
+        return [p.grad for p in self.params[:count]]  # type: ignore[misc]
 
     def _run_lists(self, settings: Settings, own: "_Own") -> None:
         params, lists = self.params, self.kept
@@ -228,15 +247,19 @@ class Plan:
         self.params, self.present, self.calls = list(params), present, calls
         self._is_whole = len(calls) == 1 and all(present)
 
-    def fits(self, params: Sequence[Tensor], present: list[bool], of: Mapping[Tensor, dict[str, Any]] | None) -> bool:
-        """May the calls be run once more? of: parameter -> state, or None if it has not changed."""
-        if len(params) != len(self.params) or present != self.present or not all(map(is_, params, self.params)):
+    def fits(self, params: Sequence[Tensor], of: Mapping[Tensor, dict[str, Any]] | None) -> bool:
+        """May the calls be run once more if the same gradients are there? of: parameter -> state, None: as it was."""
+        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             return False
         return all(call.is_current(of) for call in self.calls)
 
-    def deal(self, grads: list[Any]) -> list[tuple[Call, list[Tensor]]]:
-        """Every call with the gradients of its parameters. grads: those of the group."""
-        if self._is_whole:
+    def finds_gradients(self) -> bool:
+        """Have all parameters a gradient, and the library found them?"""
+        return self._is_whole and self.calls[0].finds_gradients()
+
+    def deal(self, grads: list[Any] | None) -> list[tuple[Call, list[Tensor] | None]]:
+        """Every call with the gradients of its parameters. grads: those of the group; None if the library has them."""
+        if grads is None or self._is_whole:
             return [(call, grads) for call in self.calls]
         return [(call, [grads[i] for i in call.places]) for call in self.calls]
 

@@ -156,8 +156,8 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _plan(
         self, index: int, group: dict[str, Any], of: dict[Tensor, dict[str, Any]] | None
-    ) -> list[tuple[Call, list[Tensor]]]:
-        """The calls of a group with their gradients; the calls of the last step where they still hold.
+    ) -> list[tuple[Call, list[Tensor] | None]]:
+        """The calls of a group with their gradients, as Plan.deal(); the calls of the last step where they still hold.
 
         of: the state, or None if its dicts are those of the last step.
         """
@@ -181,11 +181,15 @@ class _BlockwiseOptimizer(Optimizer8bit):
 
     def _plan(
         self, index: int, group: dict[str, Any], of: dict[Tensor, dict[str, Any]] | None
-    ) -> list[tuple[Call, list[Tensor]]]:
+    ) -> list[tuple[Call, list[Tensor] | None]]:
+        plan = self._plans.get(index)
+        if plan is not None and not plan.fits(group["params"], of):
+            plan = None
+        if plan is not None and plan.finds_gradients():
+            return plan.deal(None)
         grads = [p.grad for p in group["params"]]
         present = [g is not None for g in grads]
-        plan = self._plans.get(index)
-        if plan is None or not plan.fits(group["params"], present, of):
+        if plan is None or plan.present != present:
             plan = self._plans[index] = Plan(group["params"], present, self._calls(index, group))
         return plan.deal(grads)
 
@@ -256,7 +260,7 @@ class _BlockwiseOptimizer(Optimizer8bit):
             self._maps[p.device] = tuple(default_map("dynamic" if each else "udynamic", p).clone() for each in signed)
         return self._maps[p.device]
 
-    def _update(self, call: Call, settings: Settings, grads: list[Tensor]) -> None:
+    def _update(self, call: Call, settings: Settings, grads: list[Tensor] | None) -> None:
         try:
             call.run(settings, grads)
         except (RuntimeError, ValueError):
