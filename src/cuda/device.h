@@ -31,9 +31,10 @@ struct bnb_cuda_kernel {
     int dtype;         /* the variant's bnb_dtype, or -1 where there is only one */
     int threads;       /* of a block */
     int shared;        /* bytes of dynamic shared memory of a block; no more than card->shared_bytes */
+    bool special;      /* code for some cards alone, on others it is empty; it has shared memory beside `shared` */
     struct {
         atomic_uintptr_t function; /* its cu_function; 0: not loaded yet */
-        int resident;              /* blocks that the card holds at once */
+        int resident;              /* blocks that the card holds at once; 0: the code is empty */
     } on[BNB_CUDA_CARDS];
 };
 
@@ -67,6 +68,18 @@ bnb_status bnb_cuda_launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel
 /* The same for a kernel whose blocks walk over the work: one for each of `work` pieces, but no more than run at once. */
 bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t work,
                                 const void *arguments);
+
+/* How a launch differs: blocks of a cluster, 0 or 1 for none; early: it may come to the card before the launch before it is
+ * done, for which the kernel waits by itself.  On drivers without such launches it is a plain one, cluster <= 1 then. */
+struct bnb_cuda_manner {
+    int cluster;
+    bool early;
+};
+bnb_status bnb_cuda_launch_as(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
+                              struct bnb_cuda_manner manner, const void *arguments);
+
+/* Blocks of a kernel that the card holds at once; 0 where a special kernel has no code for it. */
+bnb_status bnb_cuda_resident(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int *blocks);
 
 /* A call that is one such launch. */
 bnb_status bnb_cuda_run(const bnb_exec *ex, const char *function, struct bnb_cuda_kernel *kernel, int64_t work,
