@@ -335,6 +335,32 @@ typedef struct bnb_gemm8_args {
  */
 BNB_API bnb_status bnb_gemm8(const bnb_exec *ex, const bnb_gemm8_args *args);
 
+/*
+ * bnb_linear8_args - a linear layer with an int8 weight
+ *   x             [m, k] of `dtype`
+ *   b, col_stats  [n, k], [n]     quantised weight
+ *   bias          [n] of bias_dtype, or NULL
+ *   outlier       [k]             out: as bnb_quantize_rows() writes it; NULL if threshold is 0
+ *   out           [m, n] of `dtype`
+ */
+typedef struct bnb_linear8_args {
+    size_t size; /* sizeof(bnb_linear8_args) as the caller compiled it */
+    const void *x;
+    const int8_t *b;
+    const float *col_stats;
+    const void *bias;
+    uint8_t *outlier;
+    void *out;
+    int64_t m, n, k;
+    double threshold;
+    bnb_dtype dtype;
+    bnb_dtype bias_dtype;
+} bnb_linear8_args;
+
+/* bnb_linear8() - bnb_quantize_rows(x, threshold), then bnb_gemm8() with its results, in one call.  On a GPU nothing waits
+ * for the host; workspace is m k bytes and some.  Returns what these return, and BNB_ENOMEM. */
+BNB_API bnb_status bnb_linear8(const bnb_exec *ex, const bnb_linear8_args *args);
+
 /* bnb_gather_columns() - out [x->rows, count] of x's dtype = x[:, columns]; every column is in 0..x->cols - 1, unchecked */
 BNB_API bnb_status bnb_gather_columns(const bnb_exec *ex, const bnb_matrix *x, const int64_t *columns, int64_t count,
                                       void *out);

@@ -23,13 +23,22 @@ bnb_status bnb_cuda_expand_scales(const bnb_exec *ex, const struct bnb_scale_arg
 bnb_status bnb_cuda_select(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, const int64_t *rank,
                            int count, float *out);
 
-/* launch_gemm.c, launch_rows.c */
+/* launch_gemm.c, launch_gemm8.c, launch_rows.c, launch_linear8.c */
 bnb_status bnb_cuda_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, bnb_dtype dtype);
 bnb_status bnb_cuda_gemm8(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype);
+bnb_status bnb_cuda_linear8(const bnb_exec *ex, const struct bnb_linear8_block *l, bnb_dtype dtype);
 bnb_status bnb_cuda_quantize_rows(const bnb_exec *ex, const struct bnb_rows_args *a, bnb_dtype dtype);
 bnb_status bnb_cuda_dequantize_rows(const bnb_exec *ex, const struct bnb_derows_args *a, bnb_dtype dtype);
 bnb_status bnb_cuda_gather_columns(const bnb_exec *ex, const bnb_matrix *x, const int64_t *columns, int64_t count,
                                    void *out);
+
+/* The product within a call.  count: how many outlier columns g lists, on the device, or NULL: g->outliers.  early: as in
+ * struct bnb_cuda_manner; the launch before must not have written the weight. */
+bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, const int64_t *count,
+                             bnb_dtype dtype, bool early);
+
+/* A row of activations by a block that holds it; a without flags, or flags that are zero. */
+bnb_status bnb_cuda_hold_rows(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, bnb_dtype dtype);
 
 /* launch_optim.c, launch_norms.c */
 bnb_status bnb_cuda_optim_step(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,

@@ -26,7 +26,7 @@ static bnb_status open_card(struct bnb_cuda_card *card, int ordinal, const char 
 {
     const struct bnb_driver *cu = bnb_cuda_driver(f);
     cu_device device = 0;
-    int count = 0, major = 0, minor = 0;
+    int count = 0, major = 0, minor = 0, version = 0;
     if (!cu)
         return BNB_EDEVICE;
     bnb_status status = bnb_cuda_check(cu, cu->device_count(&count), f, "cuDeviceGetCount");
@@ -48,6 +48,9 @@ static bnb_status open_card(struct bnb_cuda_card *card, int ordinal, const char 
                                 "cuDeviceGetAttribute");
     if (!status)
         status = bnb_cuda_check(cu, cu->primary_retain(&card->context, device), f, "cuDevicePrimaryCtxRetain");
+    if (!status)
+        status = bnb_cuda_check(cu, cu->driver_version(&version), f, "cuDriverGetVersion");
+    card->early = cu->launch_as && version >= 12030 && major >= 9;
     card->cu = cu;
     card->ordinal = ordinal;
     card->capability = 10 * major + minor;
@@ -171,6 +174,9 @@ static bnb_status load_kernel(const struct bnb_cuda_call *c, struct bnb_cuda_ker
     if (!status && kernel->shared > 0) /* beyond 48 KB with what the kernel declares, it has to be asked for */
         status = bnb_cuda_check(cu, cu->function_set(*function, CU_FUNCTION_SHARED_MAX, kernel->shared), c->function,
                                 "cuFuncSetAttribute");
+    if (!status && kernel->special && kernel->shared > 0)
+        status = bnb_cuda_check(cu, cu->function_set(*function, CU_FUNCTION_SHARED_PERCENT, 100), c->function,
+                                "cuFuncSetAttribute");
     cu->capture_mode(&mode);
     return status;
 }
@@ -242,6 +248,7 @@ bnb_status bnb_cuda_launch_as(const struct bnb_cuda_call *c, struct bnb_cuda_ker
     struct cu_launch_attribute attribute[2];
     cu_function function = NULL;
     unsigned count = 0;
+    manner.early = manner.early && c->card->early;
     if (!cu->launch_as || (manner.cluster <= 1 && !manner.early))
         return launch(c, kernel, grid, false, arguments);
     const bnb_status status = kernel_on(c, kernel, &function);

@@ -22,6 +22,7 @@ struct bnb_cuda_card {
     int capability; /* 90 for compute capability 9.0 */
     int sms;
     int shared_bytes; /* the most that a kernel can have */
+    bool early;       /* early launches, in graphs too   */
 };
 
 /* One kernel of one image, in static storage. */

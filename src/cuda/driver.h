@@ -42,6 +42,7 @@ enum {
     CU_FUNCTION_PTX_VERSION = 5,
     CU_FUNCTION_BINARY_VERSION = 6,
     CU_FUNCTION_SHARED_MAX = 8,
+    CU_FUNCTION_SHARED_PERCENT = 9, /* of the memory that it has in common with the first-level cache */
     CU_POINTER_MEMORY_TYPE = 2,
     CU_POINTER_ORDINAL = 9,
     CU_MEMORY_HOST = 1,

@@ -3,7 +3,7 @@
  */
 #include "cuda/cuda.h"
 
-/* Threads of a block; the width of a row above which it takes all of them; rows that a thread sees of a column. */
+/* Threads of a block; the width of a row above which a block holds it; rows that a thread sees of a column. */
 enum { THREADS = 256, LONG_ROW = 1024, COLUMN_ROWS = 64 };
 
 static bnb_status clear(const struct bnb_cuda_call *c, void *memory, size_t bytes)
@@ -21,11 +21,13 @@ static bnb_status by_rows(const struct bnb_cuda_call *c, const struct bnb_rows_a
         {.image = "rows8", .name = "bnb_k_clear8", .dtype = BNB_F32, .threads = THREADS},
         {.image = "rows8", .name = "bnb_k_clear8", .dtype = BNB_F16, .threads = THREADS},
         {.image = "rows8", .name = "bnb_k_clear8", .dtype = BNB_BF16, .threads = THREADS}};
-    struct bnb_cuda_rows8 q = {*a, a->cols > LONG_ROW ? THREADS : 32, 0};
+    struct bnb_cuda_rows8 q = {*a, 0};
     q.vector = a->cols % 8 == 0 && bnb_cuda_aligned(a->x, 16) && bnb_cuda_aligned(a->codes, 8);
     bnb_status status = a->outlier ? clear(c, a->outlier, (size_t)a->cols) : BNB_OK;
-    if (!status && a->rows > 0)
-        status = bnb_cuda_launch_over(c, &codes[dtype], bnb_blocks(a->rows, THREADS / q.lanes), &q);
+    if (!status && a->rows > 0 && a->cols > LONG_ROW)
+        status = bnb_cuda_hold_rows(c, a, dtype);
+    else if (!status && a->rows > 0)
+        status = bnb_cuda_launch_over(c, &codes[dtype], bnb_blocks(a->rows, THREADS / 32), &q);
     if (!status && a->outlier && a->rows > 1 && a->cols > 0)
         status = bnb_cuda_launch_over(
             c, &clear8[dtype], bnb_blocks(bnb_blocks(a->cols, 4) * bnb_blocks(a->rows, COLUMN_ROWS), THREADS), a);

@@ -380,15 +380,32 @@ void bnb_op_linear_int8(torch_value *stack, uint64_t inputs, uint64_t outputs)
     p.k = bnb_call_ok(&c) ? p.weight.sizes[1] : 0;
     p.n = check_weight(&c, &p.weight, p.k);
     p.m = bnb_check_rows(&c, &p.x, p.k);
-    const struct rows8 q = quantize_rows(&c, &p.x, threshold);
-    p.a = q.codes;
-    p.row_stats = q.stats;
-    p.flags = q.flags;
-    if (bnb_call_ok(&c))
+    check_threshold(&c, threshold);
+    check_stats(&c, &p.col_stats, p.n);
+    bnb_check_bias(&c, &p.bias, p.n);
+    const bnb_dtype bias_dtype = p.bias.present ? bnb_check_float_tensor(&c, &p.bias) : BNB_F32;
+    const int64_t width = threshold > 0.0 ? p.k : 0;
+    if (bnb_call_ok(&c)) {
         p.out = bnb_new_rows(&c, "the result", &p.x, p.n, p.x.dtype);
-    multiply(&c, &p, dtype);
+        p.flags = bnb_new_tensor(&c, "the outlier flags", bnb_one_size(&width), torch_dtype(BNB_TORCH_uint8));
+    }
+    const bnb_linear8_args args = {.size = sizeof args,
+                                   .x = bnb_read(&c, &p.x),
+                                   .b = bnb_read(&c, &p.weight),
+                                   .col_stats = bnb_read(&c, &p.col_stats),
+                                   .bias = read_if(&c, &p.bias),
+                                   .outlier = bnb_write(&c, &p.flags),
+                                   .out = bnb_write(&c, &p.out),
+                                   .m = p.m,
+                                   .n = p.n,
+                                   .k = p.k,
+                                   .threshold = threshold,
+                                   .dtype = dtype,
+                                   .bias_dtype = bias_dtype};
+    if (bnb_call_ok(&c))
+        c.status = bnb_linear8(&c.exec, &args);
     bnb_give(&c, &p.out);
-    bnb_give(&c, &q.flags);
+    bnb_give(&c, &p.flags);
     bnb_call_end(&c);
 }
 

@@ -10,6 +10,12 @@
 #include "core/args.h"
 #include "core/optim_plan.h"
 
+#if defined(__CUDACC__)
+#define BNB_CUDA_ALIGN64 __align__(64)
+#else
+#define BNB_CUDA_ALIGN64 _Alignas(64)
+#endif
+
 /* block == 1 << shift, 32..4096. */
 struct bnb_cuda_quant4 {
     struct bnb_quant4_args a;
@@ -163,10 +169,36 @@ struct bnb_cuda_gemm8 {
     int codes, vector, store;
 };
 
-/* lanes: threads of a row, 32 or 256. */
+/* What the driver makes of a matrix for bulk copies: cuTensorMapEncodeTiled's CUtensorMap. */
+struct bnb_cuda_map { BNB_CUDA_ALIGN64 uint64_t word[16]; };
+
+/*
+ * A product on matrix units.  dtype: of x and out; count as above; store: out can be written in accesses of 16 bytes; the
+ * maps are those of b and a, for kernels that copy in bulk.  split: blocks of threads that share the sum of a tile;
+ * share: those, of neighbouring tiles, that load the same activations once; group: rows of tiles of a band.
+ */
+struct bnb_cuda_product8 {
+    struct bnb_cuda_map weight, tokens;
+    struct bnb_gemm8_block g;
+    const int64_t *count;
+    int dtype, store, split, share, group;
+};
+
 struct bnb_cuda_rows8 {
     struct bnb_rows_args a;
-    int lanes, vector;
+    int vector;
+};
+
+/*
+ * What a layer does to its activations before the product: as bnb_rows_args, and the flagged columns as an ascending list,
+ * columns [cols], of which *count are written.  cluster 0: outlier and *ticket are zero before, and codes of outlier
+ * columns are cleared by another kernel; else all blocks are one cluster of so many, which does everything.
+ */
+struct bnb_cuda_linear8 {
+    struct bnb_rows_args a;
+    int64_t *columns, *count;
+    unsigned *ticket;
+    int vector, cluster;
 };
 
 struct bnb_cuda_derows8 {

@@ -1,7 +1,7 @@
 /*
  * rows8.tmpl.cuh - LLM.int8()'s quantisers (template: included by rows8.cu once per dtype)
  *
- * A row belongs to a warp, or to a block of threads where it is long: the largest magnitude first, then the codes.
+ * A row belongs to a warp: the largest magnitude first, then the codes.  Long ones: rows8_linear.tmpl.cuh.
  * Columns are read by rows of threads, each for one column of 64 rows; their largest magnitudes meet in an atomic maximum,
  * whose result does not depend on the order.
  * In: T, NAME.  Source: Dettmers et al. 2022, "LLM.int8()", section 3.
@@ -11,7 +11,7 @@
 DEVICE unsigned NAME(row_bits)(const struct bnb_cuda_rows8 &q, const T *x, int lane)
 {
     unsigned largest = 0;
-    for (int64_t at = lane * 8; at < q.a.cols; at += q.lanes * 8) {
+    for (int64_t at = lane * 8; at < q.a.cols; at += 32 * 8) {
         const int count = count8(q.a.cols, at);
         float v[8];
         raw8_values(raw8_load(x + at, count, q.vector), v);
@@ -30,17 +30,16 @@ DEVICE unsigned NAME(row_bits)(const struct bnb_cuda_rows8 &q, const T *x, int l
 
 extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_rows8)(const struct bnb_cuda_rows8 q)
 {
-    __shared__ unsigned partial[8];
-    const int groups = 256 / q.lanes, lane = (int)threadIdx.x % q.lanes;
-    const int64_t step = (int64_t)gridDim.x * groups;
-    for (int64_t row = (int64_t)blockIdx.x * groups + (int)threadIdx.x / q.lanes; row < q.a.rows; row += step) {
+    const int lane = (int)threadIdx.x % 32;
+    const int64_t step = (int64_t)gridDim.x * 8;
+    for (int64_t row = (int64_t)blockIdx.x * 8 + (int)threadIdx.x / 32; row < q.a.rows; row += step) {
         const T *x = (const T *)q.a.x + row * q.a.cols;
         int8_t *codes = q.a.codes + row * q.a.cols;
-        const float stat = __uint_as_float(largest_bits(NAME(row_bits)(q, x, lane), q.lanes, partial));
+        const float stat = __uint_as_float(warp_max(NAME(row_bits)(q, x, lane)));
         const float r = 127.0f / stat;
         if (lane == 0)
             q.a.stats[row] = stat;
-        for (int64_t at = lane * 8; at < q.a.cols; at += q.lanes * 8) {
+        for (int64_t at = lane * 8; at < q.a.cols; at += 32 * 8) {
             const int count = count8(q.a.cols, at);
             float v[8];
             int c[8];

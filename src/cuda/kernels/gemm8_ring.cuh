@@ -1,0 +1,181 @@
+/*
+ * gemm8_ring.cuh - the loops of the int8 products of compute capability 9.0a: who copies, who gathers, who multiplies
+ *
+ * A block is three warpgroups.  Of the first, one thread copies tiles of both operands into a ring of stages in shared
+ * memory, and three warps gather outlier columns into chunks beside it, while the other two warpgroups, 64 rows of the
+ * weight each, multiply.  A stage is `full` when its bytes have come and `empty` when both warpgroups have read it; a chunk
+ * is `ready` when 96 threads have written it and `used` when eight warps have read it.  A barrier's phase has the parity of
+ * how often the ring went round; one that was never waited for counts as empty.
+ */
+#ifndef BNB_CUDA_GEMM8_RING_CUH
+#define BNB_CUDA_GEMM8_RING_CUH
+
+#include "cuda/kernels/gemm8_tile.cuh"
+#include "cuda/kernels/hopper.cuh"
+
+#if BNB_IS_HOPPER
+
+enum { GATHERERS = 96 };
+
+/* A place in a ring. */
+struct turn8 {
+    int at;
+    unsigned parity;
+};
+
+template <int LENGTH> DEVICE void advance(struct turn8 &t)
+{
+    if (++t.at == LENGTH)
+        t.at = 0, t.parity ^= 1u;
+}
+
+/* Shared memory of a block: BNB_TILE8_SHARED() bytes, and the barriers. */
+template <int TOKENS, int STAGES, int CHUNKS> struct ring8 {
+    enum { STAGE = BNB_TILE8_STAGE(TOKENS), CHUNK = BNB_TILE8_CHUNK(TOKENS) };
+    char *stages, *chunks, *turned;
+    float *stats;
+    uint64_t *full, *empty, *ready, *used;
+
+    __device__ __forceinline__ ring8(char *dynamic, uint64_t *barriers)
+    {
+        stages = dynamic + (-(int)shared_address(dynamic) & 1023);
+        chunks = stages + STAGES * STAGE;
+        turned = chunks + CHUNKS * CHUNK;
+        stats = (float *)(turned + TILE8_WORKERS / 32 * 2 * TILE8_TURN);
+        full = barriers, empty = full + STAGES, ready = empty + STAGES, used = ready + CHUNKS;
+    }
+
+    /* By one thread; share: blocks that copy into each other's stages. */
+    __device__ __forceinline__ void init(int share) const
+    {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(full + i, 1);
+            barrier_init(empty + i, 2 * share);
+        }
+        for (int i = 0; i < CHUNKS; i++) {
+            barrier_init(ready + i, GATHERERS);
+            barrier_init(used + i, TILE8_WORKERS / 32);
+        }
+        barrier_init_done();
+    }
+};
+
+/* This thread's warpgroup, as a number that the compiler knows to be the warp's. */
+DEVICE int warpgroup8() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0); }
+
+/* ---------------------------------------------------------------- the thread that copies */
+
+template <class Ring>
+DEVICE void copy_rows8(const struct bnb_cuda_product8 &p, const Ring &ring, int stage, int step, int row)
+{
+    barrier_expect(ring.full + stage, Ring::STAGE);
+    bulk_load(ring.stages + stage * Ring::STAGE, &p.weight, step * TILE8_DEPTH, row, ring.full + stage);
+}
+
+/* Of the tokens, this block's part of what the blocks that share them load. */
+template <int TOKENS, class Ring>
+DEVICE void copy_tokens8(const struct bnb_cuda_product8 &p, const Ring &ring, int stage, int step, int token,
+                         unsigned rank)
+{
+    const int first = (int)rank * (TOKENS / p.share);
+    char *to = ring.stages + stage * Ring::STAGE + (TILE8_ROWS + first) * TILE8_DEPTH;
+    if (p.share == 1)
+        bulk_load(to, &p.tokens, step * TILE8_DEPTH, token, ring.full + stage);
+    else
+        bulk_load_many(to, &p.tokens, step * TILE8_DEPTH, token + first, ring.full + stage, (1u << p.share) - 1);
+}
+
+/* ---------------------------------------------------------------- the warps that gather */
+
+/* All chunks of one tile. */
+template <int TOKENS, int CHUNKS, class Ring>
+DEVICE void gather8(const struct bnb_cuda_product8 &p, const Ring &ring, int64_t count, int64_t row, int64_t token,
+                    struct turn8 &turn)
+{
+    const int64_t chunks = chunks8(p, count);
+    for (int64_t c = 0; c < chunks; c++) {
+        barrier_wait(ring.used + turn.at, turn.parity ^ 1u);
+        fill_chunk8<TOKENS>(p, ring.chunks + turn.at * Ring::CHUNK, c, count, row, token, (int)threadIdx.x - 32,
+                            GATHERERS);
+        barrier_arrive(ring.ready + turn.at);
+        advance<CHUNKS>(turn);
+    }
+}
+
+/* ---------------------------------------------------------------- the warpgroups that multiply */
+
+/* This warpgroup has read a stage. */
+template <class Ring> DEVICE void release8(const Ring &ring, int stage, int share)
+{
+    const int thread = (int)threadIdx.x % 128;
+    if (share == 1) {
+        if (thread == 0)
+            barrier_arrive(ring.empty + stage);
+    } else if (thread < share) {
+        barrier_arrive_at(ring.empty + stage, (unsigned)thread);
+    }
+}
+
+/* d += the next `steps` steps, one or more; group: 0 or 1, the half of the rows.  A stage is given back when the products
+ * of the one after it have been started and its own are done. */
+template <int STAGES, class Ring, int R>
+DEVICE void sum8(const Ring &ring, int group, int steps, int share, struct turn8 &turn, int (&d)[R])
+{
+    int before = 0;
+    for (int k = 0; k < steps; k++) {
+        const char *stage = ring.stages + turn.at * Ring::STAGE;
+        const uint64_t a = operand_at(stage + group * 64 * TILE8_DEPTH),
+                       b = operand_at(stage + TILE8_ROWS * TILE8_DEPTH);
+        barrier_wait(ring.full + turn.at, turn.parity);
+        wgmma_begin();
+#pragma unroll
+        for (int q = 0; q < TILE8_DEPTH / 32; q++)
+            wgmma8(d, a + 2 * q, b + 2 * q, k > 0 || q > 0);
+        wgmma_commit();
+        if (k > 0) {
+            wgmma_wait<1>();
+            release8(ring, before, share);
+        }
+        before = turn.at;
+        advance<STAGES>(turn);
+    }
+    wgmma_wait<0>();
+    settle(d);
+    release8(ring, before, share);
+}
+
+/* Statistics of the tile's tokens, this warpgroup's copy; a barrier of it before and after. */
+template <int TOKENS> DEVICE void bring_stats8(const struct bnb_gemm8_block &g, float *stats, int64_t token)
+{
+    for (int i = (int)threadIdx.x % 128; i < TOKENS; i += 128)
+        stats[i] = !g.sums && token + i < g.m ? g.row_stats[token + i] : 0.0f;
+}
+
+/* The results of a warp from its sums. */
+template <int CHUNKS, class Ring, int R>
+DEVICE void finish_tile8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at,
+                         const float *stats, const struct lane8 &lane, int64_t count, struct turn8 &turn,
+                         const int (&d)[R])
+{
+    const int warp = (int)threadIdx.x / 32 - 4;
+    float f[R];
+    if (p.g.sums) {
+        store32(p, at, (unsigned *)p.g.sums, d);
+        return;
+    }
+    scale8(d, f, stats, lane, count > 0);
+    const int64_t chunks = chunks8(p, count);
+    for (int64_t c = 0; c < chunks; c++) {
+        barrier_wait(ring.ready + turn.at, turn.parity);
+        add_chunk8(f, ring.chunks + turn.at * Ring::CHUNK, R * 2, warp * 16, 0, p.dtype == BNB_CUDA_F16);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0)
+            barrier_arrive(ring.used + turn.at);
+        advance<CHUNKS>(turn);
+    }
+    finish8(f, lane, count > 0, p.g.bias != nullptr);
+    store8(p, at, ring.turned + warp * 2 * TILE8_TURN, f);
+}
+
+#endif
+#endif
