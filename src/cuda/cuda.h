@@ -32,12 +32,13 @@ bnb_status bnb_cuda_dequantize_rows(const bnb_exec *ex, const struct bnb_derows_
 bnb_status bnb_cuda_gather_columns(const bnb_exec *ex, const bnb_matrix *x, const int64_t *columns, int64_t count,
                                    void *out);
 
-/* The product within a call.  count: how many outlier columns g lists, on the device, or NULL: g->outliers.  early: as in
- * struct bnb_cuda_manner; the launch before must not have written the weight. */
-bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, const int64_t *count,
+/* The product within a call.  threshold 0: codes in outlier columns are 0; else they are what bnb_cuda_hold_rows() made with
+ * this one.  early: as in struct bnb_cuda_manner; the launch before must not have written the weight. */
+bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, float threshold,
                              bnb_dtype dtype, bool early);
 
-/* A row of activations by a block that holds it; a without flags, or flags that are zero. */
+/* A row of activations by a block that holds it; a without flags, or flags that are zero.  Codes in the columns of other
+ * rows' outliers stay. */
 bnb_status bnb_cuda_hold_rows(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, bnb_dtype dtype);
 
 /* launch_optim.c, launch_norms.c */

@@ -22,25 +22,39 @@ static bnb_status grad8(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb
     return bnb_cuda_run(ex, "gemm8_grad", &grad[dtype], tiles_of(g->m, g->k), &p);
 }
 
+/* ---------------------------------------------------------------- any shape */
+
 /* The list of the flagged columns behind its length, which stay on the device, in memory [k + 1]. */
-static bnb_status list_outliers(const struct bnb_cuda_call *c, struct bnb_gemm8_block *g, int64_t *memory)
+static bnb_status list_outliers(const struct bnb_cuda_call *c, struct bnb_cuda_gemm8 *p, int64_t *memory)
 {
     static struct bnb_cuda_kernel kernel = {
         .image = "rows8_outliers", .name = "bnb_k_outliers8", .dtype = -1, .threads = 1024};
-    const struct bnb_cuda_outliers8 q = {g->outlier, memory + 1, memory, g->k};
-    g->columns = memory + 1;
+    const struct bnb_cuda_outliers8 q = {p->g.outlier, memory + 1, memory, p->g.k};
+    p->g.columns = memory + 1;
+    p->count = memory;
     return bnb_cuda_launch(c, &kernel, 1, &q);
 }
 
-/* ---------------------------------------------------------------- any shape */
-
-static bnb_status run_plain(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm8 *p, bnb_dtype dtype)
+static bnb_status launch_plain(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm8 *p, bnb_dtype dtype)
 {
     static struct bnb_cuda_kernel few[] = BNB_CUDA_VARIANTS("gemm8", "bnb_k_gemv8", THREADS);
     static struct bnb_cuda_kernel many[] = BNB_CUDA_VARIANTS("gemm8", "bnb_k_gemm8", THREADS);
     if (p->g.m > FEW || p->g.product)
         return bnb_cuda_launch_over(c, &many[dtype], tiles_of(p->g.m, p->g.n), p);
     return bnb_cuda_launch_over(c, &few[dtype], bnb_blocks(p->g.n, WARPS), p);
+}
+
+static bnb_status run_plain(const struct bnb_cuda_call *c, struct bnb_cuda_gemm8 *p, bnb_dtype dtype)
+{
+    const size_t bytes = p->g.outlier && p->g.k > 0 ? ((size_t)p->g.k + 1) * sizeof(int64_t) : 0;
+    void *memory = NULL;
+    bnb_status status = bytes > 0 ? bnb_cuda_alloc(c, bytes, &memory) : BNB_OK;
+    if (!status && memory)
+        status = list_outliers(c, p, memory);
+    if (!status)
+        status = launch_plain(c, p, dtype);
+    bnb_cuda_free(c, memory, bytes);
+    return status;
 }
 
 /* ---------------------------------------------------------------- matrix units */
@@ -81,7 +95,7 @@ static bnb_status run_tiles(const struct bnb_cuda_call *c, const struct bnb_cuda
                             const struct bnb_gemm8_plan *plan, bool early)
 {
     struct bnb_cuda_product8 q = {.g = p->g,
-                                  .count = p->count,
+                                  .threshold = p->threshold,
                                   .dtype = (int)dtype,
                                   .store = p->g.n % 8 == 0 && bnb_cuda_aligned(p->g.out, 16),
                                   .split = plan->split,
@@ -125,10 +139,10 @@ static bnb_status plan_for(const struct bnb_cuda_call *c, const struct bnb_cuda_
     }
 }
 
-bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, const int64_t *count,
+bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, float threshold,
                              bnb_dtype dtype, bool early)
 {
-    struct bnb_cuda_gemm8 p = {.g = *g, .count = count};
+    struct bnb_cuda_gemm8 p = {.g = *g, .threshold = threshold};
     struct bnb_gemm8_plan plan;
     p.codes = g->k % 16 == 0 && bnb_cuda_aligned(g->a, 16) && bnb_cuda_aligned(g->b, 16);
     p.store = g->n % 4 == 0 && bnb_cuda_aligned(g->out, 16);
@@ -140,22 +154,13 @@ bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gem
 
 bnb_status bnb_cuda_gemm8(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype)
 {
+    struct bnb_cuda_call c;
     if (g->grad)
         return grad8(ex, g, dtype);
-    const size_t bytes = g->outlier && g->k > 0 ? ((size_t)g->k + 1) * sizeof(int64_t) : 0;
-    struct bnb_gemm8_block listed = *g;
-    struct bnb_cuda_call c;
-    void *memory = NULL;
     bnb_status status = bnb_cuda_begin(&c, ex, g->sums ? "matmul8" : "gemm8");
     if (status)
         return status;
-    if (bytes > 0)
-        status = bnb_cuda_alloc(&c, bytes, &memory);
-    if (!status && memory)
-        status = list_outliers(&c, &listed, memory);
-    if (!status)
-        status = bnb_cuda_product8(&c, &listed, memory, dtype, false);
-    bnb_cuda_free(&c, memory, bytes);
+    status = bnb_cuda_product8(&c, g, 0.0f, dtype, false);
     bnb_cuda_end(&c);
     return status;
 }

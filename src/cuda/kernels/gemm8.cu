@@ -5,6 +5,7 @@
  * has the bits of any other device.
  */
 #include "cuda/kernels/gemm_tile.cuh"
+#include "cuda/kernels/rows8.cuh"
 
 /* Depth of a step in words of four codes; a row of them, skewed by 8 for every 4. */
 enum { WORDS = 16 };
@@ -134,6 +135,12 @@ DEVICE void codes8_values(const int8_t *p, int count, int vector, float v[8])
 #pragma unroll
     for (int i = 0; i < 8; i++)
         v[i] = i < count ? (float)p[i] : 0.0f;
+}
+
+/* What an activation in an outlier column adds beside the sum, in which its code may stand. */
+DEVICE float outlier8_of(const struct bnb_cuda_gemm8 &p, int64_t row, float x)
+{
+    return p.threshold > 0.0f ? rest8_of(x, p.g.row_stats[row], 127.0f / p.g.row_stats[row], p.threshold) : x;
 }
 
 /* How many columns of outliers there are, as the host or the device knows. */

@@ -22,7 +22,7 @@ DEVICE void NAME(gemv8_outliers)(const struct bnb_cuda_gemm8 &p, int64_t row, in
 #pragma unroll
         for (int i = 0; i < M; i++)
             if (i < g.m)
-                sums[i] = __fmaf_rn(value_of((const T *)g.x + i * g.k + column), w, sums[i]);
+                sums[i] = __fmaf_rn(outlier8_of(p, i, value_of((const T *)g.x + i * g.k + column)), w, sums[i]);
     }
 #pragma unroll
     for (int i = 0; i < M; i++)
@@ -89,7 +89,7 @@ DEVICE void NAME(tile_outliers8)(const struct bnb_cuda_gemm8 &p, int64_t row, in
 #pragma unroll
         for (int e = 0; e < 8; e++) {
             const int64_t o = l + bring_depth() + e, c = o < count ? g.columns[o] : 0;
-            x[e] = o < count && i < g.m ? value_of((const T *)g.x + i * g.k + c) : 0.0f;
+            x[e] = o < count && i < g.m ? outlier8_of(p, i, value_of((const T *)g.x + i * g.k + c)) : 0.0f;
             w[e] = o < count && n < g.n ? (float)g.b[n * g.k + c] * scale : 0.0f;
         }
         tile_put_row(rows, x);

@@ -42,9 +42,8 @@ DEVICE void copy_step(const struct bnb_gemm8_block &g, char *stage, int64_t row,
     copies_commit();
 }
 
-DEVICE void load_matrices(unsigned r[4], const char *operand, int row, int piece, bool by_row)
+DEVICE void load_matrices(unsigned r[4], const char *p)
 {
-    const char *p = operand + bnb_tile8_matrix((int)threadIdx.x % 32, row, piece, by_row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_at(p))
@@ -53,7 +52,8 @@ DEVICE void load_matrices(unsigned r[4], const char *operand, int row, int piece
 
 DEVICE void multiply8(int *d, const unsigned a[4], const unsigned b[2])
 {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -62,15 +62,16 @@ DEVICE void multiply8(int *d, const unsigned a[4], const unsigned b[2])
 /* The products of a step: 32 rows from `row` on, 64 tokens from `token` on. */
 DEVICE void multiply_step(const char *stage, int row, int token, int (&d)[2][32])
 {
+    const int lane = (int)threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         unsigned a[2][4];
-        load_matrices(a[0], stage, row, 2 * half, true);
-        load_matrices(a[1], stage, row + 16, 2 * half, true);
+        load_matrices(a[0], stage + bnb_tile8_matrix(lane, row, 2 * half, true));
+        load_matrices(a[1], stage + bnb_tile8_matrix(lane, row + 16, 2 * half, true));
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             unsigned b[4];
-            load_matrices(b, stage + OPERAND, token + 16 * j, 2 * half, false);
+            load_matrices(b, stage + OPERAND + bnb_tile8_matrix(lane, token + 16 * j, 2 * half, false));
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 multiply8(d[i] + 8 * j, a[i], b);
@@ -99,37 +100,66 @@ DEVICE void sum_tile(const struct bnb_gemm8_block &g, char *stages, int64_t row,
     __syncthreads();
 }
 
-/* Memory of the stages serves a second time: a chunk, what is turned over. */
-DEVICE void finish_tile(const struct bnb_cuda_product8 &p, char *memory, int64_t row, int64_t token, int64_t count,
-                        const int (&d)[2][32])
+/* The outlier columns of 16 rows and 64 tokens of each warp are added, `count` taken columns first.  By all threads: what a
+ * chunk holds serves all of them. */
+DEVICE void add_outliers(const struct bnb_cuda_product8 &p, char *chunk, const struct place8 &tile,
+                         const struct place8 &own, int *taken, int count, struct columns8 &columns, float (&f)[32])
 {
-    enum { CHUNK = TILE8_SIDE * (32 + 16) };
-    const int warp = (int)threadIdx.x / 32, r = warp / 2 * 32, t = warp % 2 * 64;
-    const struct place8 at[2] = {{row + r, token + t, 0, 64}, {row + r + 16, token + t, 0, 64}};
-    if (p.g.sums) {
-        store32(p, at[0], (unsigned *)p.g.sums, d[0]);
-        store32(p, at[1], (unsigned *)p.g.sums, d[1]);
-        return;
-    }
-    __shared__ float stats[TILE8_SIDE];
-    char *turned = memory + CHUNK + warp * 2 * TILE8_TURN;
-    const int64_t chunks = chunks8(p, count);
-    if (threadIdx.x < TILE8_SIDE)
-        stats[threadIdx.x] = token + threadIdx.x < p.g.m ? p.g.row_stats[token + threadIdx.x] : 0.0f;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 2; i++) { /* one after the other, for want of registers: outliers are gathered twice */
-        const struct lane8 lane = lane8_of(p.g, at[i].row);
-        float f[32];
-        scale8(d[i], f, stats + t, lane, count > 0);
-        for (int64_t c = 0; c < chunks; c++) {
-            fill_chunk8<TILE8_SIDE>(p, memory, c, count, row, token, (int)threadIdx.x, THREADS);
+    while (count > 0) {
+        for (int piece = 0; piece < pieces8(p); piece++) {
+            fill_chunk8<TILE8_SIDE>(p, chunk, taken, count, piece, tile.row, tile.token, tile.first, tile.end,
+                                    (int)threadIdx.x, THREADS);
             __syncthreads();
-            add_chunk8(f, memory, TILE8_SIDE, r + 16 * i, t, p.dtype == BNB_CUDA_F16);
+            add_chunk8(f, chunk, TILE8_SIDE, (int)(own.row - tile.row), (int)(own.token - tile.token),
+                       p.dtype == BNB_CUDA_F16);
             __syncthreads();
         }
-        finish8(f, lane, count > 0, p.g.bias != nullptr);
-        store8(p, at[i], turned, f);
+        count = count < TILE8_COLUMNS ? 0 : take8(p, columns, taken);
+    }
+}
+
+/* The results of 16 rows and 64 tokens of each warp. */
+DEVICE void finish_half(const struct bnb_cuda_product8 &p, char *memory, const struct place8 &tile,
+                        const struct place8 &own, const float *stats, const int (&d)[32])
+{
+    __shared__ int numbers[THREADS / 32][TILE8_COLUMNS];
+    const int warp = (int)threadIdx.x / 32;
+    if (p.g.sums) {
+        store32(p, own, (unsigned *)p.g.sums, d);
+        return;
+    }
+    struct columns8 columns = {};
+    const int count = lists8(p) ? take8(p, columns, numbers[warp]) : 0;
+    const struct lane8 lane = lane8_of(p.g, own.row);
+    float f[32];
+    scale8(d, f, stats + (own.token - tile.token), lane, count > 0);
+    add_outliers(p, memory, tile, own, numbers[warp], count, columns, f);
+    finish8(f, lane, count > 0, p.g.bias != nullptr);
+    store8(p, own, memory + BNB_TILE8_CHUNK(TILE8_SIDE) + warp * 2 * TILE8_TURN, f);
+}
+
+/* The second half of the sums waits in shared memory, for want of registers; outliers are gathered for each.  Memory of the
+ * stages serves again: a chunk, what is turned over, sums. */
+DEVICE void finish_tile(const struct bnb_cuda_product8 &p, char *memory, int64_t row, int64_t token, int (&d)[2][32])
+{
+    __shared__ float stats[TILE8_SIDE];
+    const int warp = (int)threadIdx.x / 32;
+    const struct place8 tile = {row, token, 0, TILE8_SIDE};
+    struct place8 own = {row + warp / 2 * 32, token + warp % 2 * 64, 0, 64};
+    int *waiting = (int *)(memory + TILE8_WAITING) + threadIdx.x;
+    if (!p.g.sums && threadIdx.x < TILE8_SIDE)
+        stats[threadIdx.x] = token + threadIdx.x < p.g.m ? p.g.row_stats[token + threadIdx.x] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 32; i++)
+        waiting[i * THREADS] = d[1][i];
+    __syncthreads();
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+        finish_half(p, memory, tile, own, stats, d[0]);
+#pragma unroll
+        for (int i = 0; i < 32; i++)
+            d[0][i] = waiting[i * THREADS];
+        own.row += 16;
     }
 }
 
@@ -138,12 +168,11 @@ DEVICE void mma8(const struct bnb_cuda_product8 &p)
     extern __shared__ __align__(16) char memory[];
     const int rows = (int)((p.g.n + TILE8_SIDE - 1) / TILE8_SIDE);
     const int columns = (int)((p.g.m + TILE8_SIDE - 1) / TILE8_SIDE);
-    const int64_t count = listed8(p);
     for (int tile = (int)blockIdx.x; tile < rows * columns; tile += (int)gridDim.x) {
         int row, token, d[2][32] = {};
         bnb_tile8_place(tile, rows, columns, p.group, &row, &token);
         sum_tile(p.g, memory, (int64_t)row * TILE8_SIDE, (int64_t)token * TILE8_SIDE, d);
-        finish_tile(p, memory, (int64_t)row * TILE8_SIDE, (int64_t)token * TILE8_SIDE, count, d);
+        finish_tile(p, memory, (int64_t)row * TILE8_SIDE, (int64_t)token * TILE8_SIDE, d);
         __syncthreads(); /* the stages are filled again */
     }
 }

@@ -16,7 +16,6 @@ struct share8 {
     int row, token;     /* the first of its tile                     */
     int step, steps;    /* of the sum                                */
     int first, end;     /* of the tile's tokens, those that it finishes */
-    int64_t listed;     /* outlier columns; 0 where it finishes none */
 };
 
 DEVICE struct share8 share8_of(const struct bnb_cuda_product8 &p, int tokens, int rank)
@@ -30,7 +29,6 @@ DEVICE struct share8 share8_of(const struct bnb_cuda_product8 &p, int tokens, in
     s.steps = bnb_tile8_first(steps, p.split, rank + 1) - s.step;
     s.first = bnb_tile8_token(tokens, p.split, rank);
     s.end = bnb_tile8_token(tokens, p.split, rank + 1);
-    s.listed = 0;
     return s;
 }
 
@@ -99,7 +97,7 @@ DEVICE void multiply_narrow8(const struct bnb_cuda_product8 &p, const Ring &ring
         add_up8(ring, s, p.split, d);
     }
     if (s.first < s.end)
-        finish_tile8<CHUNKS>(p, ring, {first, s.token, s.first, s.end}, stats, lane, s.listed, chunk, d);
+        finish_tile8<CHUNKS>(p, ring, {first, s.token, s.first, s.end}, stats, lane, chunk, d);
 }
 
 template <int TOKENS, int STAGES> DEVICE void narrow8(const struct bnb_cuda_product8 &p)
@@ -107,7 +105,7 @@ template <int TOKENS, int STAGES> DEVICE void narrow8(const struct bnb_cuda_prod
     extern __shared__ char dynamic[];
     __shared__ uint64_t barriers[2 * STAGES + 2 * CHUNKS];
     const struct ring8<TOKENS, STAGES, CHUNKS> ring(dynamic, barriers);
-    struct share8 s = share8_of(p, TOKENS, p.split > 1 ? (int)cluster_rank() : 0);
+    const struct share8 s = share8_of(p, TOKENS, p.split > 1 ? (int)cluster_rank() : 0);
     if (threadIdx.x == 0) {
         prefetch_map(&p.weight);
         prefetch_map(&p.tokens);
@@ -120,15 +118,14 @@ template <int TOKENS, int STAGES> DEVICE void narrow8(const struct bnb_cuda_prod
         copy_narrow8<TOKENS, STAGES>(p, ring, s);
     } else {
         wait_for_launch_before();
-        s.listed = s.first < s.end ? listed8(p) : 0;
         if (threadIdx.x >= 128) {
             multiply_narrow8<TOKENS, STAGES>(p, ring, s);
         } else {
             struct turn8 turn = {0, 0};
             if (p.split > 1)
                 cluster_arrive();
-            if (threadIdx.x >= 32)
-                gather8<TOKENS, CHUNKS>(p, ring, s.listed, s.row, s.token, turn);
+            if (threadIdx.x >= 32 && s.first < s.end && lists8(p))
+                gather8<TOKENS, CHUNKS>(p, ring, {s.row, s.token, s.first, s.end}, turn);
         }
     }
     if (p.split > 1) { /* nobody leaves while others read its sums */

@@ -34,6 +34,7 @@ template <int TOKENS, int STAGES, int CHUNKS> struct ring8 {
     enum { STAGE = BNB_TILE8_STAGE(TOKENS), CHUNK = BNB_TILE8_CHUNK(TOKENS) };
     char *stages, *chunks, *turned;
     float *stats;
+    int *taken, *counts; /* columns that each gathering warp has taken; of the chunks */
     uint64_t *full, *empty, *ready, *used;
 
     __device__ __forceinline__ ring8(char *dynamic, uint64_t *barriers)
@@ -42,6 +43,8 @@ template <int TOKENS, int STAGES, int CHUNKS> struct ring8 {
         chunks = stages + STAGES * STAGE;
         turned = chunks + CHUNKS * CHUNK;
         stats = (float *)(turned + TILE8_WORKERS / 32 * 2 * TILE8_TURN);
+        taken = (int *)(stats + 2 * TOKENS);
+        counts = taken + GATHERERS / 32 * TILE8_COLUMNS;
         full = barriers, empty = full + STAGES, ready = empty + STAGES, used = ready + CHUNKS;
     }
 
@@ -87,19 +90,26 @@ DEVICE void copy_tokens8(const struct bnb_cuda_product8 &p, const Ring &ring, in
 
 /* ---------------------------------------------------------------- the warps that gather */
 
-/* All chunks of one tile. */
+/* All chunks of one tile; the last says that it has fewer than 16 columns, or none. */
 template <int TOKENS, int CHUNKS, class Ring>
-DEVICE void gather8(const struct bnb_cuda_product8 &p, const Ring &ring, int64_t count, int64_t row, int64_t token,
-                    struct turn8 &turn)
+DEVICE void gather8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, struct turn8 &turn)
 {
-    const int64_t chunks = chunks8(p, count);
-    for (int64_t c = 0; c < chunks; c++) {
-        barrier_wait(ring.used + turn.at, turn.parity ^ 1u);
-        fill_chunk8<TOKENS>(p, ring.chunks + turn.at * Ring::CHUNK, c, count, row, token, (int)threadIdx.x - 32,
-                            GATHERERS);
-        barrier_arrive(ring.ready + turn.at);
-        advance<CHUNKS>(turn);
-    }
+    const int thread = (int)threadIdx.x - 32, pieces = pieces8(p);
+    int *taken = ring.taken + thread / 32 * TILE8_COLUMNS, count;
+    struct columns8 columns = {};
+    do {
+        count = take8(p, columns, taken);
+        for (int piece = 0; piece < pieces; piece++) {
+            barrier_wait(ring.used + turn.at, turn.parity ^ 1u);
+            if (count > 0)
+                fill_chunk8<TOKENS>(p, ring.chunks + turn.at * Ring::CHUNK, taken, count, piece, at.row, at.token,
+                                    at.first, at.end, thread, GATHERERS);
+            if (thread == 0)
+                ring.counts[turn.at] = count;
+            barrier_arrive(ring.ready + turn.at);
+            advance<CHUNKS>(turn);
+        }
+    } while (count == TILE8_COLUMNS);
 }
 
 /* ---------------------------------------------------------------- the warpgroups that multiply */
@@ -151,28 +161,48 @@ template <int TOKENS> DEVICE void bring_stats8(const struct bnb_gemm8_block &g, 
         stats[i] = !g.sums && token + i < g.m ? g.row_stats[token + i] : 0.0f;
 }
 
-/* The results of a warp from its sums. */
-template <int CHUNKS, class Ring, int R>
-DEVICE void finish_tile8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at,
-                         const float *stats, const struct lane8 &lane, int64_t count, struct turn8 &turn,
-                         const int (&d)[R])
+/* How many columns the next chunk has, when it is there. */
+template <class Ring> DEVICE int meet_chunk8(const Ring &ring, const struct turn8 &turn)
 {
-    const int warp = (int)threadIdx.x / 32 - 4;
-    float f[R];
-    if (p.g.sums) {
-        store32(p, at, (unsigned *)p.g.sums, d);
-        return;
-    }
-    scale8(d, f, stats, lane, count > 0);
-    const int64_t chunks = chunks8(p, count);
-    for (int64_t c = 0; c < chunks; c++) {
-        barrier_wait(ring.ready + turn.at, turn.parity);
-        add_chunk8(f, ring.chunks + turn.at * Ring::CHUNK, R * 2, warp * 16, 0, p.dtype == BNB_CUDA_F16);
+    barrier_wait(ring.ready + turn.at, turn.parity);
+    return ring.counts[turn.at];
+}
+
+/* The outlier columns of a tile are added; count: of the first chunk. */
+template <int CHUNKS, class Ring, int R>
+DEVICE void add_outliers8(const struct bnb_cuda_product8 &p, const Ring &ring, int count, struct turn8 &turn,
+                          float (&f)[R])
+{
+    const int warp = (int)threadIdx.x / 32 - 4, pieces = pieces8(p);
+    for (int piece = 0;;) {
+        if (count > 0)
+            add_chunk8(f, ring.chunks + turn.at * Ring::CHUNK, R * 2, warp * 16, 0, p.dtype == BNB_CUDA_F16);
         __syncwarp();
         if (threadIdx.x % 32 == 0)
             barrier_arrive(ring.used + turn.at);
         advance<CHUNKS>(turn);
+        piece = piece + 1 < pieces ? piece + 1 : 0;
+        if (piece == 0 && count < TILE8_COLUMNS)
+            break;
+        count = meet_chunk8(ring, turn);
     }
+}
+
+/* The results of a warp from its sums. */
+template <int CHUNKS, class Ring, int R>
+DEVICE void finish_tile8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at,
+                         const float *stats, const struct lane8 &lane, struct turn8 &turn, const int (&d)[R])
+{
+    const int warp = (int)threadIdx.x / 32 - 4;
+    if (p.g.sums) {
+        store32(p, at, (unsigned *)p.g.sums, d);
+        return;
+    }
+    float f[R];
+    const int count = lists8(p) ? meet_chunk8(ring, turn) : 0;
+    scale8(d, f, stats, lane, count > 0);
+    if (lists8(p))
+        add_outliers8<CHUNKS>(p, ring, count, turn, f);
     finish8(f, lane, count > 0, p.g.bias != nullptr);
     store8(p, at, ring.turned + warp * 2 * TILE8_TURN, f);
 }

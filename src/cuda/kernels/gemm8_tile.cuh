@@ -1,120 +1,13 @@
 /*
- * gemm8_tile.cuh - from the sums of a tile to its results: scales, outlier columns, bias, one rounding, and the way out
+ * gemm8_tile.cuh - from the sums of a tile to its results: scales, bias, one rounding, and the way out
  *
  * In the layout of tile8.h: f[4 j + i] is value i of this lane in block j of eight tokens.  NUMERICS rule 34: without
- * outliers every operation is rounded by itself.  Outlier columns are multiplied in 16 bits, codes as they are: their
- * products are exact and summed in f32, and the weight's scale comes last.  An f32 activation is three values of bf16.
+ * outliers every operation is rounded by itself.
  */
 #ifndef BNB_CUDA_GEMM8_TILE_CUH
 #define BNB_CUDA_GEMM8_TILE_CUH
 
-#include "cuda/kernels/device.cuh"
-#include "cuda/kernels/tile8.h"
-
-DEVICE int64_t listed8(const struct bnb_cuda_product8 &p) { return p.count ? *p.count : p.g.outliers; }
-
-/* ---------------------------------------------------------------- outlier columns in shared memory */
-
-/* Values of an activation in the chunks' dtype, that of x or bf16. */
-DEVICE int pieces8(const struct bnb_cuda_product8 &p) { return p.dtype == BNB_CUDA_F32 ? 3 : 1; }
-
-DEVICE int64_t chunks8(const struct bnb_cuda_product8 &p, int64_t count)
-{
-    return (count + TILE8_COLUMNS - 1) / TILE8_COLUMNS * pieces8(p);
-}
-
-/* Piece 0, 1 or 2 of an f32 value: eight bits of it each, all of them together. */
-DEVICE unsigned piece8(float x, int piece)
-{
-    float top = x;
-#pragma unroll
-    for (int i = 0; i < 3; i++) {
-        top = __uint_as_float(__float_as_uint(x) & 0xffff0000u);
-        if (i == piece)
-            break;
-        x = fabsf(x) <= FLOAT_MAX ? __fsub_rn(x, top) : 0.0f;
-    }
-    return x != x ? 0x7fc0u : __float_as_uint(top) >> 16;
-}
-
-DEVICE unsigned value8(const struct bnb_cuda_product8 &p, int64_t at, int piece)
-{
-    if (p.dtype == BNB_CUDA_F32)
-        return piece8(__ldg((const float *)p.g.x + at), piece);
-    return __ldg((const unsigned short *)p.g.x + at);
-}
-
-/* Chunk `chunk` of a tile, by `threads` threads. */
-template <int TOKENS>
-DEVICE void fill_chunk8(const struct bnb_cuda_product8 &p, char *to, int64_t chunk, int64_t count, int64_t row,
-                        int64_t token, int thread, int threads)
-{
-    const int piece = (int)(chunk % pieces8(p));
-    const int64_t first = chunk / pieces8(p) * TILE8_COLUMNS;
-    int column[TILE8_COLUMNS];
-#pragma unroll
-    for (int i = 0; i < TILE8_COLUMNS; i++)
-        column[i] = first + i < count ? (int)p.g.columns[first + i] : -1;
-    for (int r = thread; r < TOKENS + TILE8_ROWS; r += threads) {
-        const bool is_token = r < TOKENS;
-        const int64_t line = is_token ? token + r : row + r - TOKENS;
-        const bool there = line < (is_token ? p.g.m : p.g.n);
-        unsigned w[8] = {};
-#pragma unroll
-        for (int i = 0; i < TILE8_COLUMNS; i++) {
-            if (!there || column[i] < 0)
-                continue;
-            const int64_t at = line * p.g.k + column[i];
-            if (is_token)
-                w[i / 2] |= value8(p, at, piece) << 16 * (i % 2);
-            else
-                w[i / 4] |= (unsigned)(uint8_t)__ldg(p.g.b + at) << 8 * (i % 4);
-        }
-        if (is_token)
-            ((uint4 *)(to + bnb_tile8_values(r, 0)))[1] = make_uint4(w[4], w[5], w[6], w[7]);
-        *(uint4 *)(to + (is_token ? bnb_tile8_values(r, 0) : bnb_tile8_codes(TOKENS, r - TOKENS, 0))) =
-            make_uint4(w[0], w[1], w[2], w[3]);
-    }
-}
-
-/* ---------------------------------------------------------------- outlier columns: the product */
-
-/* Two of four codes as 16-bit floats, which hold them exactly. */
-DEVICE unsigned codes_pair8(unsigned codes, int at, bool half)
-{
-    const float a = (float)(int8_t)(codes >> 8 * at), b = (float)(int8_t)(codes >> 8 * (at + 1));
-    return half ? quick_pair((const f16 *)nullptr, a, b) : quick_pair((const bf16 *)nullptr, a, b);
-}
-
-DEVICE void multiply16(float *f, const unsigned a[4], uint2 b, bool half)
-{
-#if __CUDA_ARCH__ >= 800
-    if (half)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
-            " {%0, %1, %2, %3};"
-            : "+f"(f[0]), "+f"(f[1]), "+f"(f[2]), "+f"(f[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9},"
-            " {%0, %1, %2, %3};"
-            : "+f"(f[0]), "+f"(f[1]), "+f"(f[2]), "+f"(f[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
-#endif
-}
-
-/* Adds a chunk: row is the first of this warp's 16 in the tile, token that of f[0].  The order of the 16 columns in the sum
- * is the same on both sides and otherwise free: t's are 4 t .. 4 t + 3. */
-template <int R> DEVICE void add_chunk8(float (&f)[R], const char *chunk, int tokens, int row, int token, bool half)
-{
-    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
-    const unsigned upper = *(const unsigned *)(chunk + bnb_tile8_codes(tokens, row + g, t));
-    const unsigned lower = *(const unsigned *)(chunk + bnb_tile8_codes(tokens, row + g + 8, t));
-    const unsigned a[4] = {codes_pair8(upper, 0, half), codes_pair8(lower, 0, half), codes_pair8(upper, 2, half),
-                           codes_pair8(lower, 2, half)};
-#pragma unroll
-    for (int j = 0; j < R / 4; j++)
-        multiply16(f + 4 * j, a, *(const uint2 *)(chunk + bnb_tile8_values(token + 8 * j + g, t)), half);
-}
+#include "cuda/kernels/gemm8_outliers.cuh"
 
 /* ---------------------------------------------------------------- scales and bias */
 

@@ -56,10 +56,9 @@ DEVICE void gather_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, in
 {
     struct walk8 walk = walk8_of(p, TOKENS);
     struct turn8 turn = {0, 0};
-    const int64_t count = listed8(p);
     int row, token;
-    while (count > 0 && next_tile8(p, walk, TOKENS, rank, &row, &token))
-        gather8<TOKENS, CHUNKS>(p, ring, count, row, token, turn);
+    while (lists8(p) && next_tile8(p, walk, TOKENS, rank, &row, &token))
+        gather8<TOKENS, CHUNKS>(p, ring, {row, token, 0, TOKENS}, turn);
 }
 
 template <int TOKENS, class Ring>
@@ -68,7 +67,6 @@ DEVICE void multiply_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, 
     struct walk8 walk = walk8_of(p, TOKENS);
     struct turn8 stage = {0, 0}, chunk = {0, 0};
     const int group = warpgroup8() - 1, first = ((int)threadIdx.x / 32 - 4) * 16;
-    const int64_t count = listed8(p);
     float *stats = ring.stats + group * TOKENS;
     int row, token;
     while (next_tile8(p, walk, TOKENS, rank, &row, &token)) {
@@ -78,7 +76,7 @@ DEVICE void multiply_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, 
         const struct lane8 lane = lane8_of(p.g, row + first);
         sum8<STAGES>(ring, group, walk.steps, p.share, stage, d);
         named_barrier(1 + group, 128);
-        finish_tile8<CHUNKS>(p, ring, {row + first, token, 0, TOKENS}, stats, lane, count, chunk, d);
+        finish_tile8<CHUNKS>(p, ring, {row + first, token, 0, TOKENS}, stats, lane, chunk, d);
     }
 }
 

@@ -161,11 +161,12 @@ struct bnb_cuda_gemm4 {
     int type, shift, whole, vector, store;
 };
 
-/* count: how many columns of outliers there are; NULL: g.outliers.  codes, vector, store: a and b, x, and out can be moved
- * in wide accesses. */
+/* count: how many columns of outliers there are; NULL: g.outliers.  threshold: as below.  codes, vector, store: a and b, x,
+ * and out can be moved in wide accesses. */
 struct bnb_cuda_gemm8 {
     struct bnb_gemm8_block g;
     const int64_t *count;
+    float threshold;
     int codes, vector, store;
 };
 
@@ -173,14 +174,15 @@ struct bnb_cuda_gemm8 {
 struct bnb_cuda_map { BNB_CUDA_ALIGN64 uint64_t word[16]; };
 
 /*
- * A product on matrix units.  dtype: of x and out; count as above; store: out can be written in accesses of 16 bytes; the
- * maps are those of b and a, for kernels that copy in bulk.  split: blocks of threads that share the sum of a tile;
- * share: those, of neighbouring tiles, that load the same activations once; group: rows of tiles of a band.
+ * A product on matrix units.  dtype: of x and out; store: out can be written in accesses of 16 bytes; the maps are those of
+ * b and a, for kernels that copy in bulk.  threshold 0: the codes in outlier columns are 0; else they stand as that of
+ * the quantiser made them.  split: blocks of threads that share the sum of a tile; share: those, of neighbouring tiles,
+ * that load the same activations once; group: rows of tiles of a band.
  */
 struct bnb_cuda_product8 {
     struct bnb_cuda_map weight, tokens;
     struct bnb_gemm8_block g;
-    const int64_t *count;
+    float threshold;
     int dtype, store, split, share, group;
 };
 
@@ -189,15 +191,10 @@ struct bnb_cuda_rows8 {
     int vector;
 };
 
-/*
- * What a layer does to its activations before the product: as bnb_rows_args, and the flagged columns as an ascending list,
- * columns [cols], of which *count are written.  cluster 0: outlier and *ticket are zero before, and codes of outlier
- * columns are cleared by another kernel; else all blocks are one cluster of so many, which does everything.
- */
-struct bnb_cuda_linear8 {
+/* Rows that a block holds: as bnb_rows_args, but codes in outlier columns stay.  cluster 0: a.outlier, if there is one, is
+ * zero before; else all blocks are one cluster of so many, which writes all flags. */
+struct bnb_cuda_held8 {
     struct bnb_rows_args a;
-    int64_t *columns, *count;
-    unsigned *ticket;
     int vector, cluster;
 };
 

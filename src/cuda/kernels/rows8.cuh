@@ -25,7 +25,13 @@ DEVICE int code8_of(float x, float r, float threshold)
 {
     const float magnitude = fabsf(x);
     const bool inside = magnitude <= FLOAT_MAX && !is_outlier(magnitude, threshold) && r <= FLOAT_MAX;
-    return inside ? __float2int_rn(x * r) : 0;
+    return inside ? __float2int_rn(__fmul_rn(x, r)) : 0;
+}
+
+/* What is left of x without its code: half a step of the quantiser at most, but for an outlier, whose code is 0. */
+DEVICE float rest8_of(float x, float stat, float r, float threshold)
+{
+    return __fmaf_rn((float)code8_of(x, r, threshold), -(stat / 127.0f), x);
 }
 
 #endif

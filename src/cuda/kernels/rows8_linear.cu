@@ -1,15 +1,16 @@
 /*
- * rows8_linear.cu - the activations of an int8 layer, for f32, f16 and bf16: codes, statistics, flags and list of outlier
- * columns in one launch that reads them once.  NUMERICS rule 33
+ * rows8_linear.cu - the activations of an int8 layer, for f32, f16 and bf16: codes, statistics and flags of outlier columns
+ * by one read.  NUMERICS rule 33
  *
- * A row belongs to a block, which holds it in registers between its statistic and its codes.  Few rows: the blocks are one
- * cluster, which collects the columns in shared memory and clears their codes.  Many rows: the columns are collected in
- * memory, and the last block makes the list.
+ * A row belongs to a block, which holds it in registers between its statistic and its codes.  Codes in outlier columns stay
+ * as they are: the product knows what to do.  Few rows: the blocks are one cluster, which collects the columns in shared
+ * memory and writes all flags.  Many rows: flags are set in memory that was cleared before.
  */
 #include "cuda/kernels/rows8.cuh"
 
-/* Groups of eight elements that a thread holds; columns of a mask's word; words of the longest row's mask. */
-enum { THREADS = 256, PARTS = 8, WORD = 32, MAX_WORDS = (BNB_MAX_K8 + WORD) / WORD };
+/* Groups of eight elements that a thread holds, of rows of up to 4096 elements and of longer ones; columns of a mask's
+ * word; words of the longest row's mask. */
+enum { THREADS = 256, SHORT_PARTS = 2, PARTS = 8, WORD = 32, MAX_WORDS = (BNB_MAX_K8 + WORD) / WORD };
 
 /* The next launch may come to the card: it waits for the end of this one itself. */
 DEVICE void let_next_launch_come()
@@ -64,12 +65,19 @@ DEVICE void store_eight(int8_t *p, int count, int vector, uint2 w)
 
 /* ---------------------------------------------------------------- outlier columns */
 
-/* Where a block notes them: bits in shared memory or bytes in memory. */
+/* Where a block notes them: bits in shared memory or bytes in memory.  limit: bits of magnitudes below it need no look. */
 struct marks8 {
     unsigned *bits;
     uint8_t *bytes;
     float threshold;
+    unsigned limit;
 };
+
+DEVICE struct marks8 marks8_of(const struct bnb_rows_args &a, unsigned *bits)
+{
+    const unsigned infinite = INFINITE, limit = __float_as_uint(a.threshold);
+    return {bits, bits ? nullptr : a.outlier, a.threshold, a.threshold > 0.0f && limit < infinite ? limit : infinite};
+}
 
 DEVICE void mark8(const struct marks8 &m, int64_t column)
 {
@@ -80,10 +88,10 @@ DEVICE void mark8(const struct marks8 &m, int64_t column)
 }
 
 /* What eight elements from column `at` on add to the statistic of their row; *plain as in codes8_of(). */
-DEVICE unsigned look8(const float v[8], int64_t at, const struct marks8 &m, unsigned limit, bool *plain)
+DEVICE unsigned look8(const float v[8], int64_t at, const struct marks8 &m, bool *plain)
 {
     unsigned largest = absmax8_bits(v);
-    *plain = largest < limit;
+    *plain = largest < m.limit;
     if (*plain)
         return largest;
     largest = 0;
@@ -96,74 +104,19 @@ DEVICE unsigned look8(const float v[8], int64_t at, const struct marks8 &m, unsi
     return largest;
 }
 
-/* Sums over the threads below this one; *total of all. */
-DEVICE int sum_below(int x, int sums[THREADS / 32], int *total)
-{
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    int below = x, before = 0, all = 0;
-#pragma unroll
-    for (int o = 1; o < 32; o *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, below, o);
-        below += lane >= o ? other : 0;
-    }
-    __syncthreads(); /* sums was read before */
-    if (lane == 31)
-        sums[warp] = below;
-    __syncthreads();
-    for (int w = 0; w < THREADS / 32; w++) {
-        before += w < warp ? sums[w] : 0;
-        all += sums[w];
-    }
-    *total = all;
-    return before + below - x;
-}
-
-/* Four flags as bits. */
-DEVICE unsigned flags4(unsigned w) { return w * 0x01020408u >> 24 & 15u; }
-
-DEVICE unsigned flags16(uint4 w) { return flags4(w.x) | flags4(w.y) << 4 | flags4(w.z) << 8 | flags4(w.w) << 12; }
-
-/* The 32 flags from column 32 `word` on, as bits. */
-DEVICE unsigned flags32(const uint8_t *flags, int64_t cols, int word)
-{
-    const int64_t first = (int64_t)word * WORD;
-    unsigned bits = 0;
-    if (((uint64_t)flags & 15u) == 0 && first + WORD <= cols)
-        return flags16(__ldcg((const uint4 *)(flags + first))) | flags16(__ldcg((const uint4 *)(flags + first) + 1))
-                                                                     << 16;
-    for (int i = 0; i < WORD && first + i < cols; i++)
-        bits |= __ldcg(flags + first + i) ? 1u << i : 0u;
-    return bits;
-}
-
-/* By one block: the list from the mask, or where there is none, from the flags. */
-DEVICE void list8(const struct bnb_cuda_linear8 &q, const unsigned *mask, int sums[THREADS / 32])
-{
-    const int words = (int)((q.a.cols + WORD - 1) / WORD);
-    int64_t found = 0;
-    for (int base = 0; base < words; base += THREADS) {
-        const int word = base + (int)threadIdx.x;
-        unsigned bits = word >= words ? 0u : mask ? mask[word] : flags32(q.a.outlier, q.a.cols, word);
-        int total;
-        int64_t to = found + sum_below(__popc(bits), sums, &total);
-        for (; bits; bits &= bits - 1)
-            q.columns[to++] = (int64_t)word * WORD + __ffs((int)bits) - 1;
-        found += total;
-    }
-    if (threadIdx.x == 0)
-        *q.count = found;
-}
-
 /* ---------------------------------------------------------------- the cluster of few rows */
 
 #if __CUDA_ARCH__ >= 900
 
-DEVICE void cluster_meet()
+DEVICE void cluster_meet(int size)
 {
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+    if (size > 1)
+        asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+    else
+        __syncthreads();
 }
 
-DEVICE unsigned cluster_word(const unsigned *p, unsigned rank)
+DEVICE unsigned cluster_word(const unsigned *p, int rank)
 {
     unsigned v;
     asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.u32 %0, [there]; }"
@@ -173,42 +126,45 @@ DEVICE unsigned cluster_word(const unsigned *p, unsigned rank)
     return v;
 }
 
-/* Each block has marked the columns of its rows: all of them together, the flags, the list, and the codes cleared. */
-DEVICE void join8(const struct bnb_cuda_linear8 &q, const unsigned *own, unsigned *all, int sums[THREADS / 32])
+/* Four bits as flags. */
+DEVICE unsigned bytes4(unsigned bits) { return (bits & 15u) * 0x00204081u & 0x01010101u; }
+
+DEVICE uint4 bytes16(unsigned bits)
 {
-    const int words = (int)((q.a.cols + WORD - 1) / WORD), size = q.cluster, rank = (int)blockIdx.x;
-    cluster_meet();
-    for (int w = (int)threadIdx.x; w < words; w += THREADS) {
-        unsigned bits = 0;
-        for (int r = 0; r < size; r++)
-            bits |= cluster_word(own + w, (unsigned)r);
-        all[w] = bits;
-        for (int i = 0; w % size == rank && i < WORD && (int64_t)w * WORD + i < q.a.cols; i++)
-            q.a.outlier[(int64_t)w * WORD + i] = (uint8_t)(bits >> i & 1u);
+    return make_uint4(bytes4(bits), bytes4(bits >> 4), bytes4(bits >> 8), bytes4(bits >> 12));
+}
+
+/* Each block has marked the columns of its rows: the flags of all of them together, by the blocks in turn. */
+DEVICE void join8(const struct bnb_cuda_held8 &q, const unsigned *own)
+{
+    const int words = (int)((q.a.cols + WORD - 1) / WORD), size = q.cluster;
+    const bool vector = ((uint64_t)q.a.outlier & 15u) == 0;
+    cluster_meet(size);
+    for (int w = (int)(blockIdx.x + threadIdx.x * size); w < words; w += THREADS * size) {
+        uint8_t *flags = q.a.outlier + (int64_t)w * WORD;
+        const int64_t left = q.a.cols - (int64_t)w * WORD;
+        unsigned bits = size == 1 ? own[w] : 0u;
+        for (int r = 0; size > 1 && r < size; r++)
+            bits |= cluster_word(own + w, r);
+        if (vector && left >= WORD) {
+            ((uint4 *)flags)[0] = bytes16(bits);
+            ((uint4 *)flags)[1] = bytes16(bits >> 16);
+            continue;
+        }
+        for (int i = 0; i < WORD && i < left; i++)
+            flags[i] = (uint8_t)(bits >> i & 1u);
     }
-    __syncthreads();
-    for (int64_t row = rank; q.a.rows > 1 && row < q.a.rows; row += size)
-        for (int w = (int)threadIdx.x; w < words; w += THREADS)
-            for (unsigned bits = all[w]; bits; bits &= bits - 1)
-                q.a.codes[row * q.a.cols + (int64_t)w * WORD + __ffs((int)bits) - 1] = 0;
-    if (rank == 0)
-        list8(q, all, sums);
-    cluster_meet(); /* nobody leaves while others read its mask */
+    cluster_meet(size); /* nobody leaves while others read its mask */
 }
 
 #endif
 
-/* Is this the last block to come here? */
-DEVICE bool is_last8(unsigned *ticket)
+/* Before many rows: no flags. */
+extern "C" __global__ void __launch_bounds__(256) bnb_k_linear8_clean(const struct bnb_cuda_held8 q)
 {
-    __shared__ unsigned came;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0)
-        came = atomicAdd(ticket, 1u);
-    __syncthreads();
-    __threadfence();
-    return came == gridDim.x - 1;
+    let_next_launch_come();
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < q.a.cols; i += (int64_t)gridDim.x * THREADS)
+        q.a.outlier[i] = 0;
 }
 
 #if BNB_HAS_DTYPE(BNB_CUDA_F32)

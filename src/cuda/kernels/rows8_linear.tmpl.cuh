@@ -4,32 +4,35 @@
  * In: T, NAME.  Source: Dettmers et al. 2022, "LLM.int8()", section 3.
  */
 
-/* One row, by a block.  Of a row longer than 16384 elements, the rest is read twice. */
-DEVICE void NAME(linear8_row)(const struct bnb_cuda_linear8 &q, int64_t row, const struct marks8 &marks, unsigned limit,
-                              unsigned partial[THREADS / 32])
+/* One row, by a block.  Of a row longer than HELD * 2048 elements, the rest is read twice.  Flags are written, and memory is
+ * written that others may have read, when the launch before is done; the row is on its way by then. */
+template <int HELD>
+DEVICE void NAME(held8_row)(const struct bnb_cuda_held8 &q, int64_t row, const struct marks8 &marks,
+                            unsigned partial[THREADS / 32])
 {
     const T *x = (const T *)q.a.x + row * q.a.cols;
     int8_t *codes = q.a.codes + row * q.a.cols;
-    const int64_t held = (int64_t)PARTS * THREADS * 8, first = threadIdx.x * 8;
-    struct raw8<T> raw[PARTS];
+    const int64_t held = (int64_t)HELD * THREADS * 8, first = threadIdx.x * 8;
+    struct raw8<T> raw[HELD];
     unsigned largest = 0, plain = 0;
     float v[8];
     bool is_plain;
 #pragma unroll
-    for (int i = 0; i < PARTS; i++)
+    for (int i = 0; i < HELD; i++)
         if (first + i * THREADS * 8 < q.a.cols)
             raw[i] = raw8_load(x + first + i * THREADS * 8, count8(q.a.cols, first + i * THREADS * 8), q.vector);
+    wait_for_launch_before();
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) {
+    for (int i = 0; i < HELD; i++) {
         if (first + i * THREADS * 8 >= q.a.cols)
             continue;
         raw8_values(raw[i], v);
-        largest = max(largest, look8(v, first + i * THREADS * 8, marks, limit, &is_plain));
+        largest = max(largest, look8(v, first + i * THREADS * 8, marks, &is_plain));
         plain |= is_plain ? 1u << i : 0u;
     }
     for (int64_t at = first + held; at < q.a.cols; at += THREADS * 8) {
         raw8_values(raw8_load(x + at, count8(q.a.cols, at), q.vector), v);
-        largest = max(largest, look8(v, at, marks, limit, &is_plain));
+        largest = max(largest, look8(v, at, marks, &is_plain));
     }
 
     largest = warp_max(largest);
@@ -46,7 +49,7 @@ DEVICE void NAME(linear8_row)(const struct bnb_cuda_linear8 &q, int64_t row, con
     if (!(r <= FLOAT_MAX))
         plain = 0;
 #pragma unroll
-    for (int i = 0; i < PARTS; i++) {
+    for (int i = 0; i < HELD; i++) {
         const int64_t at = first + i * THREADS * 8;
         if (at >= q.a.cols)
             continue;
@@ -59,53 +62,37 @@ DEVICE void NAME(linear8_row)(const struct bnb_cuda_linear8 &q, int64_t row, con
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_rows)(const struct bnb_cuda_linear8 q)
+template <int HELD> DEVICE void NAME(held8_rows)(const struct bnb_cuda_held8 &q)
 {
     __shared__ unsigned partial[THREADS / 32];
-    __shared__ int sums[THREADS / 32];
-    const float threshold = q.a.threshold;
-    const unsigned limit = threshold > 0.0f ? min(__float_as_uint(threshold), (unsigned)INFINITE) : (unsigned)INFINITE;
+    const struct marks8 marks = marks8_of(q.a, nullptr);
     let_next_launch_come();
-    wait_for_launch_before();
     for (int64_t row = blockIdx.x; row < q.a.rows; row += gridDim.x)
-        NAME(linear8_row)(q, row, {nullptr, q.a.outlier, threshold}, limit, partial);
-    if (q.columns && is_last8(q.ticket))
-        list8(q, nullptr, sums);
+        NAME(held8_row)<HELD>(q, row, marks, partial);
 }
 
-/* The same with outliers, by one cluster. */
-extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_cluster)(const struct bnb_cuda_linear8 q)
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_rows)(const struct bnb_cuda_held8 q)
+{
+    NAME(held8_rows)<SHORT_PARTS>(q);
+}
+
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_long)(const struct bnb_cuda_held8 q)
+{
+    NAME(held8_rows)<PARTS>(q);
+}
+
+/* With outliers, by one cluster. */
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_cluster)(const struct bnb_cuda_held8 q)
 {
 #if __CUDA_ARCH__ >= 900
-    __shared__ unsigned own[MAX_WORDS], all[MAX_WORDS], partial[THREADS / 32];
-    __shared__ int sums[THREADS / 32];
-    const unsigned limit = min(__float_as_uint(q.a.threshold), (unsigned)INFINITE);
+    __shared__ unsigned own[MAX_WORDS], partial[THREADS / 32];
+    const struct marks8 marks = marks8_of(q.a, own);
     let_next_launch_come();
     for (int64_t w = threadIdx.x; w < (q.a.cols + WORD - 1) / WORD; w += THREADS)
         own[w] = 0;
     __syncthreads();
     for (int64_t row = blockIdx.x; row < q.a.rows; row += q.cluster)
-        NAME(linear8_row)(q, row, {own, nullptr, q.a.threshold}, limit, partial);
-    join8(q, own, all, sums);
+        NAME(held8_row)<PARTS>(q, row, marks, partial);
+    join8(q, own);
 #endif
-}
-
-/* Before many rows. */
-extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_clean)(const struct bnb_cuda_linear8 q)
-{
-    let_next_launch_come();
-    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < q.a.cols; i += (int64_t)gridDim.x * THREADS)
-        q.a.outlier[i] = 0;
-    if (blockIdx.x == 0 && threadIdx.x == 0)
-        *q.ticket = 0;
-}
-
-/* When all rows are known: the codes of the listed columns become 0. */
-extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_clear)(const struct bnb_cuda_linear8 q)
-{
-    let_next_launch_come();
-    wait_for_launch_before();
-    const int64_t count = *q.count, work = count * q.a.rows;
-    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < work; i += (int64_t)gridDim.x * THREADS)
-        q.a.codes[i / count * q.a.cols + q.columns[i % count]] = 0;
 }

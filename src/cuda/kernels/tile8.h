@@ -13,8 +13,9 @@
 /* Rows of a tile, bytes of a row in one step along the sum, threads that multiply and all threads of a block. */
 enum { TILE8_ROWS = 128, TILE8_DEPTH = 128, TILE8_WORKERS = 256, TILE8_THREADS = 384 };
 
-/* Outlier columns that are multiplied at a time; bytes of a warp's two blocks on their way out. */
-enum { TILE8_COLUMNS = 16, TILE8_TURN = 512 };
+/* Outlier columns that are multiplied at a time; bytes of a warp's two blocks on their way out, and of the numbers of
+ * columns. */
+enum { TILE8_COLUMNS = 16, TILE8_TURN = 512, TILE8_NUMBERS = 256 };
 
 /* Blocks of threads of a tile with few tokens: they share its sum. */
 enum { TILE8_MAX_SPLIT = 8 };
@@ -29,11 +30,11 @@ enum { TILE8_MAX_SPLIT = 8 };
 BNB_EITHER_DEVICE int bnb_tile8_values(int token, int t) { return token * 32 + t * 8; }
 BNB_EITHER_DEVICE int bnb_tile8_codes(int tokens, int row, int t) { return tokens * 32 + row * 16 + t * 4; }
 
-/* All of it: stages, chunks, what is turned over (two buffers for each warp), statistics (two copies), and 1024 bytes to
- * begin at a multiple of as many. */
+/* All of it: stages, chunks, what is turned over (two buffers for each warp), statistics (two copies), the numbers of
+ * outlier columns, and 1024 bytes to begin at a multiple of as many. */
 #define BNB_TILE8_SHARED(tokens, stages, chunks)                                                                     \
     ((stages) * BNB_TILE8_STAGE(tokens) + (chunks) * BNB_TILE8_CHUNK(tokens) + TILE8_WORKERS / 32 * 2 * TILE8_TURN + \
-     2 * (tokens) * 4 + 1024)
+     2 * (tokens) * 4 + TILE8_NUMBERS + 1024)
 
 /* Stages and chunks: of 128 and 256 tokens where blocks stay; of 8, 16, 32, 64 and 128 where they do not. */
 enum {
@@ -50,6 +51,9 @@ enum {
 /* Tiles of cards that copy 16 bytes at a time: 128 rows and 128 tokens, steps of 64 bytes; where piece 0 .. 3 of such a row
  * lies in a stage, apart from its neighbours' in the banks. */
 enum { TILE8_STEP = 64, TILE8_STAGES = 3, TILE8_SIDE = 128, TILE8_SHARED = TILE8_STAGES * 2 * TILE8_SIDE * TILE8_STEP };
+
+/* There, where half of the sums waits: behind a chunk and what is turned over. */
+enum { TILE8_WAITING = TILE8_SIDE * 48 + TILE8_WORKERS / 32 * 2 * TILE8_TURN };
 
 BNB_EITHER_DEVICE int bnb_tile8_piece(int row, int piece) { return row * TILE8_STEP + (piece ^ (row >> 1 & 3)) * 16; }
 
