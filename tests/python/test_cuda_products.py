@@ -228,7 +228,9 @@ def test_linear_int8(dtype, n, k, threshold):
         check_same(marked, flags, m)
         if not flags.any():
             check_same(got, expected, m)
-        close(got.cpu(), *int8_reference(x, codes, scales, bias, threshold), 2.0**-21)
+        # NUMERICS rule 34: of outlier columns, what the codes leave over is rounded to 16 bits.
+        slack = 2.0**-18 if dtype == torch.bfloat16 and flags.any() else 2.0**-21
+        close(got.cpu(), *int8_reference(x, codes, scales, bias, threshold), slack)
         check_same(OPS._linear_int8(shifted(x), *weight, moved(bias), threshold)[0], got, m)
 
 
