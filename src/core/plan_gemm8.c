@@ -89,6 +89,19 @@ struct bnb_gemm8_plan bnb_plan_gemm8(const struct bnb_gemm8_shape *s, const stru
     return s->m > FEW && can(BNB_GEMM8_MMA, s, card) ? mma : plain;
 }
 
+/* ---- the gradient */
+
+int bnb_plan_gemm8_grad(const struct bnb_gemm8_shape *s, const struct bnb_gemm8_card *card)
+{
+    const int64_t most = (int64_t)1 << 30, columns = ceil_of(s->k, ROWS);
+    if (!s->whole || card->capability != 90 || !card->bulk || s->n <= 0 || s->n % 8 != 0 || s->k % 16 != 0 ||
+        s->m >= most || s->n >= most || columns * ceil_of(s->m, ROWS) >= most)
+        return 0;
+    const int64_t narrow = ceil_of(columns * ceil_of(s->m, 128), card->sms) * 115 * 128;
+    const int64_t wide = ceil_of(columns * ceil_of(s->m, 256), card->sms) * 100 * 256;
+    return wide < narrow ? 256 : 128;
+}
+
 /* ---- a plan by name */
 
 bool bnb_plan_gemm8_named(const char *text, const struct bnb_gemm8_shape *s, const struct bnb_gemm8_card *card,

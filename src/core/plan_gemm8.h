@@ -34,6 +34,10 @@ struct bnb_gemm8_plan {
 
 struct bnb_gemm8_plan bnb_plan_gemm8(const struct bnb_gemm8_shape *shape, const struct bnb_gemm8_card *card);
 
+/* The gradient, [m, n] times [n, k]: tokens of a tile on 9.0, 128 or 256; 0: the plain kernel.  whole: both matrices can be
+ * read, and the result written, in pieces of 16 bytes. */
+int bnb_plan_gemm8_grad(const struct bnb_gemm8_shape *shape, const struct bnb_gemm8_card *card);
+
 /* A plan from text, "wide 256 1 2 8", "narrow 8 4", "mma", "plain": what is left out stays as in *plan.  False, and *plan
  * untouched: it names nothing that can run this shape on this card. */
 bool bnb_plan_gemm8_named(const char *text, const struct bnb_gemm8_shape *shape, const struct bnb_gemm8_card *card,

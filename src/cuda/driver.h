@@ -55,6 +55,7 @@ enum {
     CU_LAUNCH_CLUSTER = 4,
     CU_LAUNCH_EARLY = 6, /* "programmatic stream serialization" */
     CU_MAP_UINT8 = 0,
+    CU_MAP_UINT16 = 1,
     CU_MAP_SWIZZLE_128 = 3,
     CU_MAP_PROMOTE_256 = 3
 };

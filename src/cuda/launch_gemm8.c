@@ -12,16 +12,6 @@ enum { THREADS = 256, WARPS = 8, TILE = 64, FEW = 8 };
 
 static int64_t tiles_of(int64_t m, int64_t n) { return bnb_blocks(m, TILE) * bnb_blocks(n, TILE); }
 
-static bnb_status grad8(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype)
-{
-    static struct bnb_cuda_kernel grad[] = BNB_CUDA_VARIANTS("gemm8", "bnb_k_gemm8_grad", THREADS);
-    struct bnb_cuda_gemm8 p = {.g = *g};
-    p.codes = g->k % 8 == 0 && bnb_cuda_aligned(g->b, 8);
-    p.vector = g->n % 8 == 0 && bnb_cuda_aligned(g->x, 16);
-    p.store = g->k % 4 == 0 && bnb_cuda_aligned(g->out, 16);
-    return bnb_cuda_run(ex, "gemm8_grad", &grad[dtype], tiles_of(g->m, g->k), &p);
-}
-
 /* ---------------------------------------------------------------- any shape */
 
 /* The list of the flagged columns behind its length, which stay on the device, in memory [k + 1]. */
@@ -79,15 +69,17 @@ static struct bnb_cuda_kernel *kernel_of(const struct bnb_gemm8_plan *plan)
                                          : &wide[plan->tokens == 256];
 }
 
-/* codes [rows, k] as boxes of `lines` rows and 128 bytes, in the layout of hopper.cuh; zeros beyond. */
-static bnb_status map_of(const struct bnb_cuda_call *c, const int8_t *codes, int64_t rows, int64_t k, int lines,
-                         struct bnb_cuda_map *map)
+/* A matrix of bytes or 16-bit elements [rows, k] as boxes of `lines` rows and 128 bytes, in the layout of hopper.cuh; zeros
+ * beyond. */
+static bnb_status map_of(const struct bnb_cuda_call *c, const void *matrix, int size, int64_t rows, int64_t k,
+                         int lines, struct bnb_cuda_map *map)
 {
-    const uint64_t sizes[2] = {(uint64_t)k, (uint64_t)rows}, stride = (uint64_t)k;
-    const unsigned box[2] = {TILE8_DEPTH, (unsigned)lines}, steps[2] = {1, 1};
+    const uint64_t sizes[2] = {(uint64_t)k, (uint64_t)rows}, stride = (uint64_t)(k * size);
+    const unsigned box[2] = {TILE8_DEPTH / (unsigned)size, (unsigned)lines}, steps[2] = {1, 1};
     return bnb_cuda_check(c->card->cu,
-                          c->card->cu->encode_map(map, CU_MAP_UINT8, 2, (void *)(uintptr_t)codes, sizes, &stride, box,
-                                                  steps, 0, CU_MAP_SWIZZLE_128, CU_MAP_PROMOTE_256, 0),
+                          c->card->cu->encode_map(map, size == 1 ? CU_MAP_UINT8 : CU_MAP_UINT16, 2,
+                                                  (void *)(uintptr_t)matrix, sizes, &stride, box, steps, 0,
+                                                  CU_MAP_SWIZZLE_128, CU_MAP_PROMOTE_256, 0),
                           c->function, "cuTensorMapEncodeTiled");
 }
 
@@ -105,9 +97,9 @@ static bnb_status run_tiles(const struct bnb_cuda_call *c, const struct bnb_cuda
     const int64_t tiles = bnb_blocks(p->g.n, TILE8_ROWS) * bnb_blocks(p->g.m, plan->tokens);
     if (plan->way == BNB_GEMM8_MMA)
         return bnb_cuda_launch_over(c, kernel, tiles, &q);
-    bnb_status status = map_of(c, p->g.b, p->g.n, p->g.k, TILE8_ROWS, &q.weight);
+    bnb_status status = map_of(c, p->g.b, 1, p->g.n, p->g.k, TILE8_ROWS, &q.weight);
     if (!status)
-        status = map_of(c, p->g.a, p->g.m, p->g.k, plan->tokens / plan->share, &q.tokens);
+        status = map_of(c, p->g.a, 1, p->g.m, p->g.k, plan->tokens / plan->share, &q.tokens);
     if (status)
         return status;
     if (plan->way == BNB_GEMM8_NARROW)
@@ -118,11 +110,16 @@ static bnb_status run_tiles(const struct bnb_cuda_call *c, const struct bnb_cuda
                               (struct bnb_cuda_manner){plan->share, early}, &q);
 }
 
+static struct bnb_gemm8_card card_of(const struct bnb_cuda_call *c)
+{
+    const struct bnb_driver *cu = c->card->cu;
+    return (struct bnb_gemm8_card){c->card->capability, c->card->sms, cu->launch_as && cu->encode_map};
+}
+
 /* The plan, or the one that BNB_GEMM8 names, for measurements.  Where a build has no code for the card, a plan without. */
 static bnb_status plan_for(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm8 *p, struct bnb_gemm8_plan *plan)
 {
-    const struct bnb_driver *cu = c->card->cu;
-    struct bnb_gemm8_card card = {c->card->capability, c->card->sms, cu->launch_as && cu->encode_map};
+    struct bnb_gemm8_card card = card_of(c);
     const struct bnb_gemm8_shape shape = {p->g.m, p->g.n, p->g.k, p->codes && !p->g.product};
     for (;;) {
         int blocks = 1;
@@ -152,15 +149,61 @@ bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gem
     return plan.way == BNB_GEMM8_PLAIN ? run_plain(c, &p, dtype) : run_tiles(c, &p, dtype, &plan, early);
 }
 
+/* ---------------------------------------------------------------- the gradient */
+
+#define GRAD(tokens, suffix, type)                                        \
+    {.image = "gemm8_grad",                                               \
+     .name = "bnb_k_gemm8_grad" #tokens "_" suffix,                       \
+     .dtype = type,                                                       \
+     .threads = TILE8_THREADS,                                            \
+     .shared = BNB_TILE8_GRAD_SHARED(tokens, TILE8_GRAD_STAGES_##tokens), \
+     .special = true}
+
+/* By whole tiles, where the card, the shape and the build allow; *done: they did. */
+static bnb_status grad_tiles(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm8 *p, bnb_dtype dtype, bool *done)
+{
+    static struct bnb_cuda_kernel kernels[][2] = {{GRAD(128, "f16", BNB_F16), GRAD(256, "f16", BNB_F16)},
+                                                  {GRAD(128, "bf16", BNB_BF16), GRAD(256, "bf16", BNB_BF16)}};
+    const struct bnb_gemm8_card card = card_of(c);
+    const struct bnb_gemm8_shape shape = {p->g.m, p->g.n, p->g.k,
+                                          bnb_cuda_aligned(p->g.b, 16) && p->vector && p->store};
+    const int tokens = dtype == BNB_F32 ? 0 : bnb_plan_gemm8_grad(&shape, &card);
+    int blocks = 0;
+    if (tokens == 0)
+        return BNB_OK;
+    struct bnb_cuda_kernel *kernel = &kernels[dtype == BNB_BF16][tokens == 256];
+    struct bnb_cuda_product8 q = {.g = p->g, .dtype = (int)dtype, .split = 1, .share = 1, .group = 16};
+    bnb_status status = bnb_cuda_resident(c, kernel, &blocks);
+    if (status || blocks == 0)
+        return status;
+    *done = true;
+    status = map_of(c, p->g.b, 1, p->g.n, p->g.k, TILE8_GRAD_DEPTH, &q.weight);
+    if (!status)
+        status = map_of(c, p->g.x, 2, p->g.m, p->g.n, tokens, &q.tokens);
+    if (!status)
+        status = bnb_cuda_launch_over(c, kernel, bnb_blocks(p->g.k, TILE8_ROWS) * bnb_blocks(p->g.m, tokens), &q);
+    return status;
+}
+
+static bnb_status grad8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, bnb_dtype dtype)
+{
+    static struct bnb_cuda_kernel plain[] = BNB_CUDA_VARIANTS("gemm8", "bnb_k_gemm8_grad", THREADS);
+    struct bnb_cuda_gemm8 p = {.g = *g};
+    bool done = false;
+    p.codes = g->k % 8 == 0 && bnb_cuda_aligned(g->b, 8);
+    p.vector = g->n % 8 == 0 && bnb_cuda_aligned(g->x, 16);
+    p.store = g->k % 4 == 0 && bnb_cuda_aligned(g->out, 16);
+    const bnb_status status = grad_tiles(c, &p, dtype, &done);
+    return status || done ? status : bnb_cuda_launch_over(c, &plain[dtype], tiles_of(g->m, g->k), &p);
+}
+
 bnb_status bnb_cuda_gemm8(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype)
 {
     struct bnb_cuda_call c;
-    if (g->grad)
-        return grad8(ex, g, dtype);
-    bnb_status status = bnb_cuda_begin(&c, ex, g->sums ? "matmul8" : "gemm8");
+    bnb_status status = bnb_cuda_begin(&c, ex, g->grad ? "gemm8_grad" : g->sums ? "matmul8" : "gemm8");
     if (status)
         return status;
-    status = bnb_cuda_product8(&c, g, 0.0f, dtype, false);
+    status = g->grad ? grad8(&c, g, dtype) : bnb_cuda_product8(&c, g, 0.0f, dtype, false);
     bnb_cuda_end(&c);
     return status;
 }

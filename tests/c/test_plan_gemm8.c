@@ -75,6 +75,18 @@ static void known_plans(void)
     }
 }
 
+static void gradients(void)
+{
+    const struct bnb_gemm8_shape s = {2048, 14336, 4096, true}, few = {3, 64, 128, true};
+    const struct bnb_gemm8_shape odd[] = {
+        {5, 60, 128, true}, {5, 64, 120, true}, {5, 64, 128, false}, {5, 0, 128, true}};
+    const struct bnb_gemm8_card other = {80, 108, false};
+    CHECK(bnb_plan_gemm8_grad(&s, &h100) == 256 && bnb_plan_gemm8_grad(&few, &h100) == 128, "whole tiles");
+    CHECK(bnb_plan_gemm8_grad(&s, &other) == 0, "another card");
+    for (size_t i = 0; i < sizeof odd / sizeof odd[0]; i++)
+        CHECK(bnb_plan_gemm8_grad(&odd[i], &h100) == 0, "shape %zu", i);
+}
+
 static void named_plans(void)
 {
     const struct bnb_gemm8_shape s = {100, 300, 1024, true}, odd = {100, 300, 1000, true};
@@ -102,6 +114,7 @@ int main(void)
 {
     every_plan();
     known_plans();
+    gradients();
     named_plans();
     return CHECK_RESULT();
 }

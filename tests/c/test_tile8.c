@@ -160,6 +160,32 @@ static void operands(void)
             }
 }
 
+/* The gradient's: ldmatrix.x4.trans gives lane l words of columns 2 (l / 4), + 1 of rows 2 (l % 4), + 1 of each matrix; then
+ * wgmma's operand has row g of a warp's 16 from even columns, g + 8 from odd ones. */
+static void gradient_operand(void)
+{
+    static char codes[TILE8_GRAD_DEPTH * TILE8_ROWS];
+    static int8_t w[TILE8_GRAD_DEPTH][TILE8_ROWS];
+    for (int n = 0; n < TILE8_GRAD_DEPTH; n++)
+        for (int c = 0; c < TILE8_ROWS; c++)
+            codes[bnb_tile8_grad_row(n, c / 16) + c % 16] = (char)(w[n][c] = (int8_t)(random_below(256) - 128));
+    for (int piece = 0; piece < 8; piece++)
+        for (int h = 0; h < 2; h++) {
+            int place[LANES];
+            for (int l = 0; l < LANES; l++)
+                place[l] = bnb_tile8_grad_row(32 * h + l, piece);
+            check_banks("gradient", place);
+            for (int l = 0; l < LANES; l++)
+                for (int i = 0; i < 4; i++)
+                    for (int e = 0; e < 2; e++)
+                        for (int odd = 0; odd < 2; odd++) {
+                            const int n = 32 * h + 8 * i + 2 * (l % 4) + e, column = 16 * piece + 2 * (l / 4) + odd;
+                            const int got = codes[place[8 * i + 2 * (l % 4) + e] + 2 * (l / 4) + odd];
+                            CHECK((int8_t)got == w[n][column], "row %d, column %d", n, column);
+                        }
+        }
+}
+
 /* ---------------------------------------------------------------- order and parts */
 
 static void order(void)
@@ -216,7 +242,12 @@ static void sizes(void)
         CHECK(kernel[i].tokens * TILE8_ROWS * 4 <= kernel[i].stages * BNB_TILE8_STAGE(kernel[i].tokens), "%d tokens",
               kernel[i].tokens);
     }
-    CHECK(BNB_TILE8_CHUNK(TILE8_SIDE) + 8 * 2 * TILE8_TURN <= TILE8_SHARED, "tiles by asynchronous copies");
+    CHECK(BNB_TILE8_CHUNK(TILE8_SIDE) + 8 * 2 * TILE8_TURN <= TILE8_WAITING &&
+              TILE8_WAITING + TILE8_SIDE * TILE8_SIDE / 2 * 4 <= TILE8_SHARED,
+          "tiles by asynchronous copies");
+    CHECK(BNB_TILE8_GRAD_SHARED(128, TILE8_GRAD_STAGES_128) + 16 * TILE8_GRAD_STAGES_128 <= MOST_SHARED &&
+              BNB_TILE8_GRAD_SHARED(256, TILE8_GRAD_STAGES_256) + 16 * TILE8_GRAD_STAGES_256 <= MOST_SHARED,
+          "gradient");
 }
 
 int main(void)
@@ -226,6 +257,7 @@ int main(void)
         for (int tokens = 8; tokens <= 256; tokens *= 2)
             outliers(tokens);
         operands();
+        gradient_operand();
         order();
     }
     parts();

@@ -3,7 +3,7 @@
  *
  * A block is three warpgroups.  Of the first, one thread copies tiles of both operands into a ring of stages in shared
  * memory, and three warps gather outlier columns into chunks beside it, while the other two warpgroups, 64 rows of the
- * weight each, multiply.  A stage is `full` when its bytes have come and `empty` when both warpgroups have read it; a chunk
+ * weight each, multiply.  A stage is `full` when its bytes have come and `empty` when eight warps have read it; a chunk
  * is `ready` when 96 threads have written it and `used` when eight warps have read it.  A barrier's phase has the parity of
  * how often the ring went round; one that was never waited for counts as empty.
  */
@@ -53,7 +53,7 @@ template <int TOKENS, int STAGES, int CHUNKS> struct ring8 {
     {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + i, 1);
-            barrier_init(empty + i, 2 * share);
+            barrier_init(empty + i, TILE8_WORKERS / 32 * share);
         }
         for (int i = 0; i < CHUNKS; i++) {
             barrier_init(ready + i, GATHERERS);
@@ -114,16 +114,14 @@ DEVICE void gather8(const struct bnb_cuda_product8 &p, const Ring &ring, const s
 
 /* ---------------------------------------------------------------- the warpgroups that multiply */
 
-/* This warpgroup has read a stage. */
+/* This warp has read a stage. */
 template <class Ring> DEVICE void release8(const Ring &ring, int stage, int share)
 {
-    const int thread = (int)threadIdx.x % 128;
-    if (share == 1) {
-        if (thread == 0)
-            barrier_arrive(ring.empty + stage);
-    } else if (thread < share) {
-        barrier_arrive_at(ring.empty + stage, (unsigned)thread);
-    }
+    const int lane = (int)threadIdx.x % 32;
+    if (share > 1 && lane < share)
+        barrier_arrive_at(ring.empty + stage, (unsigned)lane);
+    else if (lane == 0)
+        barrier_arrive(ring.empty + stage);
 }
 
 /* d += the next `steps` steps, one or more; group: 0 or 1, the half of the rows.  A stage is given back when the products

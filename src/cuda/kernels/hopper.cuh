@@ -157,9 +157,30 @@ template <int R> DEVICE void settle(int (&d)[R])
         asm volatile("" : "+r"(d[i])::"memory");
 }
 
-#define BNB_ACC4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
-#define BNB_ACC8(i) BNB_ACC4(i), BNB_ACC4(i + 4)
-#define BNB_ACC16(i) BNB_ACC8(i), BNB_ACC8(i + 8)
+template <int R> DEVICE void settle(float (&d)[R])
+{
+#pragma unroll
+    for (int i = 0; i < R; i++)
+        asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#define BNB_ACC4(c, i) "+" c(d[i]), "+" c(d[i + 1]), "+" c(d[i + 2]), "+" c(d[i + 3])
+#define BNB_ACC8(c, i) BNB_ACC4(c, i), BNB_ACC4(c, i + 4)
+#define BNB_ACC16(c, i) BNB_ACC8(c, i), BNB_ACC8(c, i + 8)
+#define BNB_ACC32(c, i) BNB_ACC16(c, i), BNB_ACC16(c, i + 16)
+#define BNB_ACC64(c, i) BNB_ACC32(c, i), BNB_ACC32(c, i + 32)
+#define BNB_REG8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define BNB_REG16 BNB_REG8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define BNB_REG32 BNB_REG16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define BNB_REG64                                                                                  \
+    BNB_REG32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+              "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define BNB_REG128                                                                                     \
+    BNB_REG64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "     \
+              "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "       \
+              "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
+              "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "   \
+              "%125, %126, %127"
 
 /* d [64 rows of a, 8 to 256 rows of b] (+)= the products over 32 codes of each.  Of the 64 rows, 16 belong to each warp;
  * of them, and of the 8 rows of block j of b, lane 4 g + t has d[4 j ..] = (g, 2 t), (g, 2 t + 1), (g + 8, 2 t),
@@ -168,71 +189,105 @@ DEVICE void wgmma8(int (&d)[4], uint64_t a, uint64_t b, int more)
 {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %6, 0; wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {"
                  "%0, %1, %2, %3"
-                 "}, %4, %5, p; }"
-                 : BNB_ACC4(0)
+                 "},"
+                 " %4, %5, p; }"
+                 : BNB_ACC4("r", 0)
                  : "l"(a), "l"(b), "r"(more));
 }
 
 DEVICE void wgmma8(int (&d)[8], uint64_t a, uint64_t b, int more)
 {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7"
-                 "}, %8, %9, p; }"
-                 : BNB_ACC8(0)
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {" BNB_REG8
+                 "},"
+                 " %8, %9, p; }"
+                 : BNB_ACC8("r", 0)
                  : "l"(a), "l"(b), "r"(more));
 }
 
 DEVICE void wgmma8(int (&d)[16], uint64_t a, uint64_t b, int more)
 {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-                 "}, %16, %17, p; }"
-                 : BNB_ACC16(0)
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {" BNB_REG16
+                 "},"
+                 " %16, %17, p; }"
+                 : BNB_ACC16("r", 0)
                  : "l"(a), "l"(b), "r"(more));
 }
 
 DEVICE void wgmma8(int (&d)[32], uint64_t a, uint64_t b, int more)
 {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-                 "}, %32, %33, p; }"
-                 : BNB_ACC16(0), BNB_ACC16(16)
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" BNB_REG32
+                 "},"
+                 " %32, %33, p; }"
+                 : BNB_ACC32("r", 0)
                  : "l"(a), "l"(b), "r"(more));
 }
 
 DEVICE void wgmma8(int (&d)[64], uint64_t a, uint64_t b, int more)
 {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-                 "}, %64, %65, p; }"
-                 : BNB_ACC16(0), BNB_ACC16(16), BNB_ACC16(32), BNB_ACC16(48)
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" BNB_REG64
+                 "},"
+                 " %64, %65, p; }"
+                 : BNB_ACC64("r", 0)
                  : "l"(a), "l"(b), "r"(more));
 }
 
 DEVICE void wgmma8(int (&d)[128], uint64_t a, uint64_t b, int more)
 {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %130, 0; wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-                 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-                 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-                 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-                 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-                 "}, %128, %129, p; }"
-                 : BNB_ACC16(0), BNB_ACC16(16), BNB_ACC16(32), BNB_ACC16(48), BNB_ACC16(64), BNB_ACC16(80),
-                   BNB_ACC16(96), BNB_ACC16(112)
-                 : "l"(a), "l"(b), "r"(more));
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %130, 0; wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {" BNB_REG128 "},"
+        " %128, %129, p; }"
+        : BNB_ACC64("r", 0), BNB_ACC64("r", 64)
+        : "l"(a), "l"(b), "r"(more));
+}
+
+/* The same over 16 elements of 16 bits; a is in registers: (g, 2 t), (g, 2 t + 1); (g + 8, ..); (g, 2 t + 8), ..; (g + 8, ..). */
+DEVICE void wgmma16(const bf16 *, float (&d)[64], const unsigned a[4], uint64_t b, int more)
+{
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" BNB_REG64 "},"
+        " {%64, %65, %66, %67}, %68, p, 1, 1, 0; }"
+        : BNB_ACC64("f", 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+}
+
+DEVICE void wgmma16(const bf16 *, float (&d)[128], const unsigned a[4], uint64_t b, int more)
+{
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %133, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" BNB_REG128
+        "},"
+        " {%128, %129, %130, %131}, %132, p, 1, 1, 0; }"
+        : BNB_ACC64("f", 0), BNB_ACC64("f", 64)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+}
+
+DEVICE void wgmma16(const f16 *, float (&d)[64], const unsigned a[4], uint64_t b, int more)
+{
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" BNB_REG64 "},"
+        " {%64, %65, %66, %67}, %68, p, 1, 1, 0; }"
+        : BNB_ACC64("f", 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+}
+
+DEVICE void wgmma16(const f16 *, float (&d)[128], const unsigned a[4], uint64_t b, int more)
+{
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %133, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" BNB_REG128 "},"
+        " {%128, %129, %130, %131}, %132, p, 1, 1, 0; }"
+        : BNB_ACC64("f", 0), BNB_ACC64("f", 64)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
 }
 
 #undef BNB_ACC4
 #undef BNB_ACC8
 #undef BNB_ACC16
+#undef BNB_ACC32
+#undef BNB_ACC64
+#undef BNB_REG8
+#undef BNB_REG16
+#undef BNB_REG32
+#undef BNB_REG64
+#undef BNB_REG128
 
 #endif
 #endif

@@ -48,6 +48,13 @@ enum {
     TILE8_STAGES_128 = 6
 };
 
+/* The gradient: rows of the weight in a step; x in 16 bits and codes of a stage, and all of it with scales; where a piece of 16
+ * codes of a row lies. */
+enum { TILE8_GRAD_DEPTH = 64, TILE8_GRAD_STAGES_128 = 8, TILE8_GRAD_STAGES_256 = 5 };
+#define BNB_TILE8_GRAD_STAGE(tokens) (((tokens) * 2 + TILE8_ROWS) * TILE8_GRAD_DEPTH)
+#define BNB_TILE8_GRAD_SHARED(tokens, stages) ((stages) * (BNB_TILE8_GRAD_STAGE(tokens) + 4 * TILE8_GRAD_DEPTH) + 1024)
+BNB_EITHER_DEVICE int bnb_tile8_grad_row(int row, int piece) { return row * TILE8_ROWS + (piece ^ (row & 7)) * 16; }
+
 /* Tiles of cards that copy 16 bytes at a time: 128 rows and 128 tokens, steps of 64 bytes; where piece 0 .. 3 of such a row
  * lies in a stage, apart from its neighbours' in the banks. */
 enum { TILE8_STEP = 64, TILE8_STAGES = 3, TILE8_SIDE = 128, TILE8_SHARED = TILE8_STAGES * 2 * TILE8_SIDE * TILE8_STEP };
