@@ -292,6 +292,10 @@ BNB_API bnb_status bnb_quantize_rows(const bnb_exec *ex, const bnb_matrix *x, do
 BNB_API bnb_status bnb_quantize_columns(const bnb_exec *ex, const bnb_matrix *x, double threshold, int8_t *codes,
                                         float *stats);
 
+/* bnb_quantize_both() - the two above in one call; by row and by column, codes [rows, cols] and stats [rows], [cols] */
+BNB_API bnb_status bnb_quantize_both(const bnb_exec *ex, const bnb_matrix *x, double threshold, int8_t *codes[2],
+                                     float *stats[2], uint8_t *outlier);
+
 /* bnb_dequantize_rows() - out [rows, cols] = codes * stats / 127, f32, f16 or bf16 */
 BNB_API bnb_status bnb_dequantize_rows(const bnb_exec *ex, const int8_t *codes, const float *stats, int64_t rows,
                                        int64_t cols, void *out, bnb_dtype dtype);
@@ -335,31 +339,10 @@ typedef struct bnb_gemm8_args {
  */
 BNB_API bnb_status bnb_gemm8(const bnb_exec *ex, const bnb_gemm8_args *args);
 
-/*
- * bnb_linear8_args - a linear layer with an int8 weight
- *   x             [m, k] of `dtype`
- *   b, col_stats  [n, k], [n]     quantised weight
- *   bias          [n] of bias_dtype, or NULL
- *   outlier       [k]             out: as bnb_quantize_rows() writes it; NULL if threshold is 0
- *   out           [m, n] of `dtype`
- */
-typedef struct bnb_linear8_args {
-    size_t size; /* sizeof(bnb_linear8_args) as the caller compiled it */
-    const void *x;
-    const int8_t *b;
-    const float *col_stats;
-    const void *bias;
-    uint8_t *outlier;
-    void *out;
-    int64_t m, n, k;
-    double threshold;
-    bnb_dtype dtype;
-    bnb_dtype bias_dtype;
-} bnb_linear8_args;
-
-/* bnb_linear8() - bnb_quantize_rows(x, threshold), then bnb_gemm8() with its results, in one call.  On a GPU nothing waits
- * for the host; workspace is m k bytes and some.  Returns what these return, and BNB_ENOMEM. */
-BNB_API bnb_status bnb_linear8(const bnb_exec *ex, const bnb_linear8_args *args);
+/* bnb_linear8() - bnb_quantize_rows(x, threshold), then bnb_gemm8() with its results: a layer in one call.  Uses x, b,
+ * col_stats, bias, out, m, n, k, dtype, bias_dtype; outlier [k] is written, NULL if threshold is 0.  On a GPU nothing waits
+ * for the host (NUMERICS rule 34); workspace is m k bytes and some.  Returns what these return, and BNB_ENOMEM. */
+BNB_API bnb_status bnb_linear8(const bnb_exec *ex, const bnb_gemm8_args *args, double threshold, uint8_t *outlier);
 
 /* bnb_gather_columns() - out [x->rows, count] of x's dtype = x[:, columns]; every column is in 0..x->cols - 1, unchecked */
 BNB_API bnb_status bnb_gather_columns(const bnb_exec *ex, const bnb_matrix *x, const int64_t *columns, int64_t count,

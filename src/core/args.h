@@ -154,7 +154,7 @@ struct bnb_gemm8_block {
     int grad;
 };
 
-/* bnb_linear8_args, checked; outlier [k] is written, NULL where threshold is 0. */
+/* A layer: outlier [k] is written, NULL where threshold is 0. */
 struct bnb_linear8_block {
     const void *x;
     const int8_t *b;

@@ -28,9 +28,13 @@ bnb_status bnb_cuda_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, b
 bnb_status bnb_cuda_gemm8(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype);
 bnb_status bnb_cuda_linear8(const bnb_exec *ex, const struct bnb_linear8_block *l, bnb_dtype dtype);
 bnb_status bnb_cuda_quantize_rows(const bnb_exec *ex, const struct bnb_rows_args *a, bnb_dtype dtype);
+bnb_status bnb_cuda_quantize_both(const bnb_exec *ex, const struct bnb_rows_args a[2], bnb_dtype dtype);
 bnb_status bnb_cuda_dequantize_rows(const bnb_exec *ex, const struct bnb_derows_args *a, bnb_dtype dtype);
 bnb_status bnb_cuda_gather_columns(const bnb_exec *ex, const bnb_matrix *x, const int64_t *columns, int64_t count,
                                    void *out);
+
+/* Can rows and codes be moved eight at a time? */
+bool bnb_cuda_rows_aligned(const struct bnb_rows_args *a);
 
 /* The product within a call.  threshold 0: codes in outlier columns are 0; else they are what bnb_cuda_hold_rows() made with
  * this one.  early: as in struct bnb_cuda_manner; the launch before must not have written the weight. */
@@ -38,8 +42,9 @@ bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gem
                              bnb_dtype dtype, bool early);
 
 /* A row of activations by a block that holds it; a without flags, or flags that are zero.  Codes in the columns of other
- * rows' outliers stay. */
-bnb_status bnb_cuda_hold_rows(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, bnb_dtype dtype);
+ * rows' outliers stay.  column_stats: NULL, or zero before, and cols is at most 16384. */
+bnb_status bnb_cuda_hold_rows(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, float *column_stats,
+                              bnb_dtype dtype);
 
 /* launch_optim.c, launch_norms.c */
 bnb_status bnb_cuda_optim_step(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,

@@ -29,6 +29,9 @@ static bnb_status launch_plain(const struct bnb_cuda_call *c, const struct bnb_c
 {
     static struct bnb_cuda_kernel few[] = BNB_CUDA_VARIANTS("gemm8", "bnb_k_gemv8", THREADS);
     static struct bnb_cuda_kernel many[] = BNB_CUDA_VARIANTS("gemm8", "bnb_k_gemm8", THREADS);
+    static struct bnb_cuda_kernel scale[] = BNB_CUDA_VARIANTS("gemm8", "bnb_k_scale8", THREADS);
+    if (p->g.product && !p->g.columns)
+        return bnb_cuda_launch_over(c, &scale[dtype], bnb_blocks(p->g.m * bnb_blocks(p->g.n, 8), THREADS), p);
     if (p->g.m > FEW || p->g.product)
         return bnb_cuda_launch_over(c, &many[dtype], tiles_of(p->g.m, p->g.n), p);
     return bnb_cuda_launch_over(c, &few[dtype], bnb_blocks(p->g.n, WARPS), p);
@@ -143,6 +146,7 @@ bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gem
     struct bnb_gemm8_plan plan;
     p.codes = g->k % 16 == 0 && bnb_cuda_aligned(g->a, 16) && bnb_cuda_aligned(g->b, 16);
     p.store = g->n % 4 == 0 && bnb_cuda_aligned(g->out, 16);
+    p.vector = g->product && g->n % 8 == 0 && bnb_cuda_aligned(g->product, 16) && p.store;
     const bnb_status status = plan_for(c, &p, &plan);
     if (status)
         return status;

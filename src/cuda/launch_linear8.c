@@ -9,11 +9,6 @@
  * flags, and its blocks. */
 enum { THREADS = 256, SHORT_ROW = 4096, FEW_ROWS = 16, CLUSTER = 8 };
 
-static bool is_vector(const struct bnb_rows_args *a)
-{
-    return a->cols % 8 == 0 && bnb_cuda_aligned(a->x, 16) && bnb_cuda_aligned(a->codes, 8);
-}
-
 static struct bnb_cuda_kernel *holder_of(int64_t cols, bnb_dtype dtype)
 {
     static struct bnb_cuda_kernel rows[] = BNB_CUDA_VARIANTS("rows8_linear", "bnb_k_linear8_rows", THREADS);
@@ -21,10 +16,12 @@ static struct bnb_cuda_kernel *holder_of(int64_t cols, bnb_dtype dtype)
     return cols > SHORT_ROW ? &longer[dtype] : &rows[dtype];
 }
 
-bnb_status bnb_cuda_hold_rows(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, bnb_dtype dtype)
+bnb_status bnb_cuda_hold_rows(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, float *column_stats,
+                              bnb_dtype dtype)
 {
-    const struct bnb_cuda_held8 q = {.a = *a, .vector = is_vector(a)};
-    return bnb_cuda_launch_over(c, holder_of(a->cols, dtype), a->rows, &q);
+    static struct bnb_cuda_kernel both[] = BNB_CUDA_VARIANTS("rows8_linear", "bnb_k_both8", THREADS);
+    const struct bnb_cuda_held8 q = {.a = *a, .column_stats = column_stats, .vector = bnb_cuda_rows_aligned(a)};
+    return bnb_cuda_launch_over(c, column_stats ? &both[dtype] : holder_of(a->cols, dtype), a->rows, &q);
 }
 
 /* No flags, while the rows are read; then those of the rows. */
@@ -48,10 +45,10 @@ static bnb_status hold_flagged(const struct bnb_cuda_call *c, const struct bnb_c
 static bnb_status quantise(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, bnb_dtype dtype)
 {
     static struct bnb_cuda_kernel few[] = BNB_CUDA_SPECIAL_VARIANTS("rows8_linear", "bnb_k_linear8_cluster", THREADS);
-    struct bnb_cuda_held8 q = {.a = *a, .vector = is_vector(a)};
+    struct bnb_cuda_held8 q = {.a = *a, .vector = bnb_cuda_rows_aligned(a)};
     int built = 0;
     if (!a->outlier)
-        return bnb_cuda_hold_rows(c, a, dtype);
+        return bnb_cuda_hold_rows(c, a, NULL, dtype);
     if (c->card->capability >= 90 && c->card->cu->launch_as && a->rows <= FEW_ROWS) {
         const bnb_status status = bnb_cuda_resident(c, &few[dtype], &built);
         if (status)

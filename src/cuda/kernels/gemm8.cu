@@ -122,6 +122,21 @@ DEVICE float biased8(const struct bnb_gemm8_block &g, int64_t c, float x)
     return g.bias ? __fadd_rn(x, bias8_of(g, c)) : x;
 }
 
+/* The first `count` of eight sums. */
+DEVICE void sums8_of(const int *p, int count, int vector, int sums[8])
+{
+    if (vector && count == 8) {
+        const int4 a = __ldcs((const int4 *)p), b = __ldcs((const int4 *)p + 1);
+        sums[0] = a.x, sums[1] = a.y, sums[2] = a.z, sums[3] = a.w;
+        sums[4] = b.x, sums[5] = b.y, sums[6] = b.z, sums[7] = b.w;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < count)
+            sums[i] = p[i];
+}
+
 /* Eight codes of a row as floats; the rest zero. */
 DEVICE void codes8_values(const int8_t *p, int count, int vector, float v[8])
 {

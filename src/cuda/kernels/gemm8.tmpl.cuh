@@ -136,6 +136,25 @@ extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_gemm8)(const struct
         NAME(gemm8_tile)(p, t / across * TILE, t % across * TILE, count, rows, columns);
 }
 
+/* Known sums under their scales: eight of a row for each thread. */
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_scale8)(const struct bnb_cuda_gemm8 p)
+{
+    const struct bnb_gemm8_block &g = p.g;
+    const int64_t groups = (g.n + 7) / 8, work = g.m * groups;
+    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < work; i += (int64_t)gridDim.x * 256) {
+        const int64_t r = i / groups, c = (i - r * groups) * 8;
+        const int count = count8(g.n, c);
+        int sums[8] = {};
+        float v[8];
+        sums8_of(g.product + r * g.n + c, count, p.vector, sums);
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            v[e] = e < count ? biased8(g, c + e, scaled8(g, r, sums[e], g.col_stats[c + e] / 16129.0f, false, 0.0f))
+                             : 0.0f;
+        store8_some((T *)g.out + r * g.n + c, count, p.vector, v);
+    }
+}
+
 /* One tile of out [m, k] = x [m, n] W. */
 DEVICE void NAME(gemm8_grad_tile)(const struct bnb_cuda_gemm8 &p, int64_t row, int64_t column, float *rows,
                                   float *columns)

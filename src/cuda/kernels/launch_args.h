@@ -191,10 +191,11 @@ struct bnb_cuda_rows8 {
     int vector;
 };
 
-/* Rows that a block holds: as bnb_rows_args, but codes in outlier columns stay.  cluster 0: a.outlier, if there is one, is
- * zero before; else all blocks are one cluster of so many, which writes all flags. */
+/* Rows that a block holds: as bnb_rows_args, but codes in outlier columns stay.  column_stats [cols] or NULL, zero before.
+ * cluster 0: a.outlier, if there is one, is zero before; else all blocks are one cluster of so many, which writes all. */
 struct bnb_cuda_held8 {
     struct bnb_rows_args a;
+    float *column_stats;
     int vector, cluster;
 };
 

@@ -3,6 +3,9 @@
  */
 #include "cuda/kernels/rows8.cuh"
 
+/* Rows of a column that a thread reads. */
+enum { COLUMN_ROWS = 16 };
+
 /* Eight codes as they lie in memory. */
 DEVICE void store_codes8(int8_t *p, int count, int vector, const int c[8])
 {
@@ -18,6 +21,14 @@ DEVICE void store_codes8(int8_t *p, int count, int vector, const int c[8])
     for (int i = 0; i < 8; i++)
         if (i < count)
             p[i] = (int8_t)c[i];
+}
+
+DEVICE void load_codes8(const int8_t *p, int count, int vector, int c[8])
+{
+    const uint2 w = vector && count == 8 ? __ldcs((const uint2 *)p) : make_uint2(0, 0);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        c[i] = vector && count == 8 ? (int8_t)((i < 4 ? w.x : w.y) >> 8 * (i % 4)) : i < count ? p[i] : 0;
 }
 
 /* When all rows are known: the codes of the columns whose flag is set become 0.  A thread looks at four columns of 64

@@ -5,10 +5,11 @@
  */
 
 /* One row, by a block.  Of a row longer than HELD * 2048 elements, the rest is read twice.  Flags are written, and memory is
- * written that others may have read, when the launch before is done; the row is on its way by then. */
-template <int HELD>
+ * written that others may have read, when the launch before is done; the row is on its way by then.  COLUMNS: top is kept,
+ * the largest of the columns that a thread holds. */
+template <int HELD, bool COLUMNS>
 DEVICE void NAME(held8_row)(const struct bnb_cuda_held8 &q, int64_t row, const struct marks8 &marks,
-                            unsigned partial[THREADS / 32])
+                            unsigned (&top)[HELD][8], unsigned partial[THREADS / 32])
 {
     const T *x = (const T *)q.a.x + row * q.a.cols;
     int8_t *codes = q.a.codes + row * q.a.cols;
@@ -29,6 +30,9 @@ DEVICE void NAME(held8_row)(const struct bnb_cuda_held8 &q, int64_t row, const s
         raw8_values(raw[i], v);
         largest = max(largest, look8(v, first + i * THREADS * 8, marks, &is_plain));
         plain |= is_plain ? 1u << i : 0u;
+#pragma unroll
+        for (int e = 0; COLUMNS && e < 8; e++)
+            top[i][e] = max(top[i][e], stat_bits(v[e], marks.threshold));
     }
     for (int64_t at = first + held; at < q.a.cols; at += THREADS * 8) {
         raw8_values(raw8_load(x + at, count8(q.a.cols, at), q.vector), v);
@@ -62,23 +66,36 @@ DEVICE void NAME(held8_row)(const struct bnb_cuda_held8 &q, int64_t row, const s
     }
 }
 
-template <int HELD> DEVICE void NAME(held8_rows)(const struct bnb_cuda_held8 &q)
+template <int HELD, bool COLUMNS> DEVICE void NAME(held8_rows)(const struct bnb_cuda_held8 &q)
 {
     __shared__ unsigned partial[THREADS / 32];
     const struct marks8 marks = marks8_of(q.a, nullptr);
+    unsigned top[HELD][8] = {};
     let_next_launch_come();
     for (int64_t row = blockIdx.x; row < q.a.rows; row += gridDim.x)
-        NAME(held8_row)<HELD>(q, row, marks, partial);
+        NAME(held8_row)<HELD, COLUMNS>(q, row, marks, top, partial);
+#pragma unroll
+    for (int i = 0; COLUMNS && i < HELD * 8; i++) {
+        const int64_t column = threadIdx.x * 8 + i / 8 * THREADS * 8 + i % 8;
+        if (column < q.a.cols && top[i / 8][i % 8] > 0)
+            atomicMax((unsigned *)q.column_stats + column, top[i / 8][i % 8]);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_rows)(const struct bnb_cuda_held8 q)
 {
-    NAME(held8_rows)<SHORT_PARTS>(q);
+    NAME(held8_rows)<SHORT_PARTS, false>(q);
 }
 
 extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_long)(const struct bnb_cuda_held8 q)
 {
-    NAME(held8_rows)<PARTS>(q);
+    NAME(held8_rows)<PARTS, false>(q);
+}
+
+/* Statistics of rows of up to 16384 elements and of columns, and codes by row. */
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_both8)(const struct bnb_cuda_held8 q)
+{
+    NAME(held8_rows)<PARTS, true>(q);
 }
 
 /* With outliers, by one cluster. */
@@ -87,12 +104,13 @@ extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_cluster)(co
 #if __CUDA_ARCH__ >= 900
     __shared__ unsigned own[MAX_WORDS], partial[THREADS / 32];
     const struct marks8 marks = marks8_of(q.a, own);
+    unsigned top[PARTS][8];
     let_next_launch_come();
     for (int64_t w = threadIdx.x; w < (q.a.cols + WORD - 1) / WORD; w += THREADS)
         own[w] = 0;
     __syncthreads();
     for (int64_t row = blockIdx.x; row < q.a.rows; row += q.cluster)
-        NAME(held8_row)<PARTS>(q, row, marks, partial);
+        NAME(held8_row)<PARTS, false>(q, row, marks, top, partial);
     join8(q, own);
 #endif
 }
