@@ -112,21 +112,18 @@ template <int TOKENS, int STAGES> DEVICE void narrow8(const struct bnb_cuda_prod
         ring.init(1);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        if (p.split > 1)
-            cluster_arrive();
-        copy_narrow8<TOKENS, STAGES>(p, ring, s);
+    if (threadIdx.x < 128 && p.split > 1)
+        cluster_arrive();
+    if (threadIdx.x < 32) {
+        if (threadIdx.x == 0)
+            copy_narrow8<TOKENS, STAGES>(p, ring, s);
     } else {
         wait_for_launch_before();
-        if (threadIdx.x >= 128) {
+        struct turn8 turn = {0, 0};
+        if (threadIdx.x >= 128)
             multiply_narrow8<TOKENS, STAGES>(p, ring, s);
-        } else {
-            struct turn8 turn = {0, 0};
-            if (p.split > 1)
-                cluster_arrive();
-            if (threadIdx.x >= 32 && s.first < s.end && lists8(p))
-                gather8<TOKENS, CHUNKS>(p, ring, {s.row, s.token, s.first, s.end}, turn);
-        }
+        else if (s.first < s.end && lists8(p))
+            gather8<TOKENS, CHUNKS>(p, ring, {s.row, s.token, s.first, s.end}, turn);
     }
     if (p.split > 1) { /* nobody leaves while others read its sums */
         if (threadIdx.x < 128)

@@ -104,9 +104,19 @@ DEVICE unsigned cluster_rank()
     return rank;
 }
 
-/* Every thread of the cluster arrives and waits, in turn. */
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+/* Every thread of the cluster arrives and waits, in turn.  By whole warps: a warp that waits waits with all its threads, so
+ * that a thread of it which is still at work elsewhere never goes on. */
+DEVICE void cluster_arrive()
+{
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+DEVICE void cluster_wait()
+{
+    __syncwarp();
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 /* Sixteen bytes of the shared memory of block `rank`, at the address that they would have here. */
 DEVICE int4 cluster_load(const void *p, unsigned rank)

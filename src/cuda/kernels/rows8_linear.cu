@@ -110,8 +110,9 @@ DEVICE unsigned look8(const float v[8], int64_t at, const struct marks8 &m, bool
 
 DEVICE void cluster_meet(int size)
 {
+    __syncwarp(); /* by whole warps */
     if (size > 1)
-        asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+        asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
     else
         __syncthreads();
 }
