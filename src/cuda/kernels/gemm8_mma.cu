@@ -125,17 +125,22 @@ DEVICE void finish_half(const struct bnb_cuda_product8 &p, char *memory, const s
     __shared__ int numbers[THREADS / 32][TILE8_COLUMNS];
     const int warp = (int)threadIdx.x / 32;
     if (p.g.sums) {
-        store32(p, own, (unsigned *)p.g.sums, d);
+        store_sums8(p, own, d);
         return;
     }
     struct columns8 columns = {};
     const int count = lists8(p) ? take8(p, columns, numbers[warp]) : 0;
     const struct lane8 lane = lane8_of(p.g, own.row);
+    char *buffers = memory + BNB_TILE8_CHUNK(TILE8_SIDE) + warp * 2 * TILE8_TURN;
+    stats += own.token - tile.token;
+    if (count == 0) {
+        store8<32>(p, own, buffers, plain8<32>{d, stats, under8(lane, 16129.0f)});
+        return;
+    }
     float f[32];
-    scale8(d, f, stats + (own.token - tile.token), lane, count > 0);
+    begin8(d, f, stats);
     add_outliers(p, memory, tile, own, numbers[warp], count, columns, f);
-    finish8(f, lane, count > 0, p.g.bias != nullptr);
-    store8(p, own, memory + BNB_TILE8_CHUNK(TILE8_SIDE) + warp * 2 * TILE8_TURN, f);
+    store8<32>(p, own, buffers, begun8<32>{f, under8(lane, 127.0f)});
 }
 
 /* The second half of the sums waits in shared memory, for want of registers; outliers are gathered for each.  Memory of the

@@ -129,27 +129,28 @@ DEVICE float activation8(const struct bnb_cuda_product8 &p, int64_t at)
     return p.dtype == BNB_CUDA_F16 ? f16_value(bits) : __uint_as_float(bits << 16);
 }
 
-/* Of one token. */
+/* Of one token, eight columns at a time: the warps that gather have few registers. */
 DEVICE void fill_token8(const struct bnb_cuda_product8 &p, char *to, const int *taken, int count, int piece,
                         int64_t token)
 {
-    float v[TILE8_COLUMNS];
-    unsigned w[TILE8_COLUMNS / 2];
+    const bool is_there = token < p.g.m, rest = p.threshold > 0.0f && is_there;
+    const float stat = rest ? p.g.row_stats[token] : 1.0f;
+#pragma unroll 1
+    for (int h = 0; h < TILE8_COLUMNS; h += 8) {
+        float v[8];
+        unsigned w[4];
 #pragma unroll
-    for (int i = 0; i < TILE8_COLUMNS; i++)
-        v[i] = i < count && token < p.g.m ? activation8(p, token * p.g.k + taken[i]) : 0.0f;
-    if (p.threshold > 0.0f && token < p.g.m) {
-        const float stat = p.g.row_stats[token], r = 127.0f / stat;
+        for (int i = 0; i < 8; i++)
+            v[i] = h + i < count && is_there ? activation8(p, token * p.g.k + taken[h + i]) : 0.0f;
 #pragma unroll
-        for (int i = 0; i < TILE8_COLUMNS; i++)
-            if (i < count)
-                v[i] = rest8_of(v[i], stat, r, p.threshold);
+        for (int i = 0; i < 8; i++)
+            if (rest && h + i < count)
+                v[i] = rest8_of(v[i], stat, 127.0f / stat, p.threshold);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            w[i] = piece_pair8(p, v[2 * i], v[2 * i + 1], piece);
+        *(uint4 *)(to + 2 * h) = make_uint4(w[0], w[1], w[2], w[3]);
     }
-#pragma unroll
-    for (int i = 0; i < TILE8_COLUMNS / 2; i++)
-        w[i] = piece_pair8(p, v[2 * i], v[2 * i + 1], piece);
-    ((uint4 *)to)[0] = make_uint4(w[0], w[1], w[2], w[3]);
-    ((uint4 *)to)[1] = make_uint4(w[4], w[5], w[6], w[7]);
 }
 
 /* Of one row of the weight. */

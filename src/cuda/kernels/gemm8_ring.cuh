@@ -166,6 +166,15 @@ template <class Ring> DEVICE int meet_chunk8(const Ring &ring, const struct turn
     return ring.counts[turn.at];
 }
 
+/* This warp has read a chunk. */
+template <int CHUNKS, class Ring> DEVICE void pass_chunk8(const Ring &ring, struct turn8 &turn)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        barrier_arrive(ring.used + turn.at);
+    advance<CHUNKS>(turn);
+}
+
 /* The outlier columns of a tile are added; count: of the first chunk. */
 template <int CHUNKS, class Ring, int R>
 DEVICE void add_outliers8(const struct bnb_cuda_product8 &p, const Ring &ring, int count, struct turn8 &turn,
@@ -175,10 +184,7 @@ DEVICE void add_outliers8(const struct bnb_cuda_product8 &p, const Ring &ring, i
     for (int piece = 0;;) {
         if (count > 0)
             add_chunk8(f, ring.chunks + turn.at * Ring::CHUNK, R * 2, warp * 16, 0, p.dtype == BNB_CUDA_F16);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            barrier_arrive(ring.used + turn.at);
-        advance<CHUNKS>(turn);
+        pass_chunk8<CHUNKS>(ring, turn);
         piece = piece + 1 < pieces ? piece + 1 : 0;
         if (piece == 0 && count < TILE8_COLUMNS)
             break;
@@ -192,17 +198,24 @@ DEVICE void finish_tile8(const struct bnb_cuda_product8 &p, const Ring &ring, co
                          const float *stats, const struct lane8 &lane, struct turn8 &turn, const int (&d)[R])
 {
     const int warp = (int)threadIdx.x / 32 - 4;
+    char *buffers = ring.turned + warp * 2 * TILE8_TURN;
     if (p.g.sums) {
-        store32(p, at, (unsigned *)p.g.sums, d);
+        store_sums8(p, at, d);
         return;
     }
-    float f[R];
     const int count = lists8(p) ? meet_chunk8(ring, turn) : 0;
-    scale8(d, f, stats, lane, count > 0);
-    if (lists8(p))
+    if (count > 0) {
+        float f[R];
+        begin8(d, f, stats);
         add_outliers8<CHUNKS>(p, ring, count, turn, f);
-    finish8(f, lane, count > 0, p.g.bias != nullptr);
-    store8(p, at, ring.turned + warp * 2 * TILE8_TURN, f);
+        store8<R>(p, at, buffers, begun8<R>{f, under8(lane, 127.0f)});
+        return;
+    }
+    for (int piece = 0; lists8(p) && piece < pieces8(p); piece++) {
+        meet_chunk8(ring, turn);
+        pass_chunk8<CHUNKS>(ring, turn);
+    }
+    store8<R>(p, at, buffers, plain8<R>{d, stats, under8(lane, 16129.0f)});
 }
 
 #endif

@@ -29,40 +29,60 @@ DEVICE struct lane8 lane8_of(const struct bnb_gemm8_block &g, int64_t row)
         const int64_t n = row + (int)threadIdx.x % 32 / 4 + 8 * i;
         if (n < g.n && !g.sums) {
             l.scale[i] = g.col_stats[n];
-            l.bias[i] = g.bias ? bias8_at(g, n) : 0.0f;
+            l.bias[i] = g.bias ? bias8_at(g, n) : -0.0f; /* which changes nothing */
         }
     }
     return l;
 }
 
-/* The sums under their scales; with outliers without that of the row, which comes when these have been added. */
-template <int R>
-DEVICE void scale8(const int (&d)[R], float (&f)[R], const float *stats, const struct lane8 &l, bool outliers)
+DEVICE struct lane8 under8(struct lane8 l, float divisor)
 {
-    const float scale[2] = {l.scale[0] / 16129.0f, l.scale[1] / 16129.0f};
-#pragma unroll
-    for (int j = 0; j < R / 4; j++) {
-        const float2 row = *(const float2 *)(stats + 8 * j + (int)threadIdx.x % 4 * 2);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float s = i % 2 ? row.y : row.x;
-            f[4 * j + i] = __fmul_rn((float)d[4 * j + i], __fmul_rn(s, outliers ? 1.0f / 127.0f : scale[i / 2]));
-        }
-    }
+    l.scale[0] /= divisor, l.scale[1] /= divisor;
+    return l;
 }
 
-template <int R> DEVICE void finish8(float (&f)[R], const struct lane8 &l, bool outliers, bool bias)
-{
-    if (outliers) {
-        const float scale[2] = {l.scale[0] / 127.0f, l.scale[1] / 127.0f};
+/* Results of sums without outliers, block by block: statistics are read when they are wanted, for the sums leave few
+ * registers. */
+template <int R> struct plain8 {
+    const int (&d)[R];
+    const float *stats;
+    struct lane8 lane;
+
+    __device__ __forceinline__ void block(int j, float v[4]) const
+    {
+        const float2 row = *(const float2 *)(stats + 8 * j + (int)threadIdx.x % 4 * 2);
 #pragma unroll
-        for (int i = 0; i < R; i++)
-            f[i] = __fmul_rn(f[i], scale[i % 4 / 2]);
+        for (int i = 0; i < 4; i++)
+            v[i] = __fadd_rn(__fmul_rn((float)d[4 * j + i], __fmul_rn(i % 2 ? row.y : row.x, lane.scale[i / 2])),
+                             lane.bias[i / 2]);
     }
-    if (bias) {
+};
+
+/* Results of sums with outliers, which begin8() began. */
+template <int R> struct begun8 {
+    const float (&f)[R];
+    struct lane8 lane;
+
+    __device__ __forceinline__ void block(int j, float v[4]) const
+    {
 #pragma unroll
-        for (int i = 0; i < R; i++)
-            f[i] = __fadd_rn(f[i], l.bias[i % 4 / 2]);
+        for (int i = 0; i < 4; i++)
+            v[i] = __fadd_rn(__fmul_rn(f[4 * j + i], lane.scale[i / 2]), lane.bias[i / 2]);
+    }
+};
+
+/* The sums under the scales of the tokens: products of outlier columns are added next. */
+template <int R> DEVICE void begin8(const int (&d)[R], float (&f)[R], const float *stats)
+{
+#pragma unroll
+    for (int j = 0; j < R / 4; j++) {
+        if (j % 8 == 0) /* statistics are not read far ahead: the sums leave few registers */
+            __threadfence_block();
+        const float2 row = *(const float2 *)(stats + 8 * j + (int)threadIdx.x % 4 * 2);
+        const float x = __fmul_rn(row.x, 1.0f / 127.0f), y = __fmul_rn(row.y, 1.0f / 127.0f);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            f[4 * j + i] = __fmul_rn((float)d[4 * j + i], i % 2 ? y : x);
     }
 }
 
@@ -79,17 +99,27 @@ DEVICE bool is_placed8(const struct bnb_cuda_product8 &p, const struct place8 &a
     return token >= at.first && token < at.end && at.token + token < p.g.m;
 }
 
-/* Values of 32 bits, as bits: eight lanes have neighbouring rows of one token. */
-template <int R>
-DEVICE void store32(const struct bnb_cuda_product8 &p, const struct place8 &at, unsigned *out, const int (&d)[R])
+/* Block j of values of 32 bits, as bits: eight lanes have neighbouring rows of one token. */
+DEVICE void store32(const struct bnb_cuda_product8 &p, const struct place8 &at, unsigned *out, int j,
+                    const unsigned v[4])
 {
     const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
 #pragma unroll
-    for (int i = 0; i < R; i++) {
-        const int token = i / 4 * 8 + 2 * t + i % 2;
-        const int64_t n = at.row + g + 8 * (i % 4 / 2);
+    for (int i = 0; i < 4; i++) {
+        const int token = 8 * j + 2 * t + i % 2;
+        const int64_t n = at.row + g + 8 * (i / 2);
         if (n < p.g.n && is_placed8(p, at, token))
-            out[(at.token + token) * p.g.n + n] = (unsigned)d[i];
+            out[(at.token + token) * p.g.n + n] = v[i];
+    }
+}
+
+template <int R> DEVICE void store_sums8(const struct bnb_cuda_product8 &p, const struct place8 &at, const int (&d)[R])
+{
+#pragma unroll
+    for (int j = 0; j < R / 4; j++) {
+        const unsigned v[4] = {(unsigned)d[4 * j], (unsigned)d[4 * j + 1], (unsigned)d[4 * j + 2],
+                               (unsigned)d[4 * j + 3]};
+        store32(p, at, (unsigned *)p.g.sums, j, v);
     }
 }
 
@@ -125,8 +155,8 @@ DEVICE void store_some(unsigned short *to, int64_t count, uint4 v)
 }
 
 /* Values of 16 bits, through this warp's two buffers of TILE8_TURN bytes: each lane gets eight rows of one token. */
-template <bool HALF, int R>
-DEVICE void store16(const struct bnb_cuda_product8 &p, const struct place8 &at, char *buffers, const float (&f)[R])
+template <bool HALF, int R, class Results>
+DEVICE void store16(const struct bnb_cuda_product8 &p, const struct place8 &at, char *buffers, const Results &results)
 {
     const int lane = (int)threadIdx.x % 32, own = lane / 2;
     const int64_t n = at.row + lane % 2 * 8, rows = p.g.n - n, left = p.g.m - at.token;
@@ -137,10 +167,14 @@ DEVICE void store16(const struct bnb_cuda_product8 &p, const struct place8 &at, 
         char *buffer = buffers + q % 2 * TILE8_TURN;
         unsigned w[4] = {};
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (8 * q + 2 * i < R)
-                w[i] = HALF ? quick_pair((const f16 *)nullptr, f[8 * q + 2 * i], f[8 * q + 2 * i + 1])
-                            : quick_pair((const bf16 *)nullptr, f[8 * q + 2 * i], f[8 * q + 2 * i + 1]);
+        for (int j = 2 * q; j < 2 * q + 2 && j < R / 4; j++) {
+            float v[4];
+            results.block(j, v);
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                w[j % 2 * 2 + i] = HALF ? quick_pair((const f16 *)nullptr, v[2 * i], v[2 * i + 1])
+                                        : quick_pair((const bf16 *)nullptr, v[2 * i], v[2 * i + 1]);
+        }
         store_turned(buffer, w);
         __syncwarp();
         const uint4 v = *(const uint4 *)(buffer + bnb_tile8_read(lane));
@@ -154,19 +188,22 @@ DEVICE void store16(const struct bnb_cuda_product8 &p, const struct place8 &at, 
     __syncwarp();
 }
 
-template <int R>
-DEVICE void store8(const struct bnb_cuda_product8 &p, const struct place8 &at, char *buffers, const float (&f)[R])
+template <int R, class Results>
+DEVICE void store8(const struct bnb_cuda_product8 &p, const struct place8 &at, char *buffers, const Results &results)
 {
     if (p.dtype == BNB_CUDA_F16) {
-        store16<true>(p, at, buffers, f);
+        store16<true, R>(p, at, buffers, results);
     } else if (p.dtype == BNB_CUDA_BF16) {
-        store16<false>(p, at, buffers, f);
+        store16<false, R>(p, at, buffers, results);
     } else {
-        int bits[R];
 #pragma unroll
-        for (int i = 0; i < R; i++)
-            bits[i] = __float_as_int(f[i]);
-        store32(p, at, (unsigned *)p.g.out, bits);
+        for (int j = 0; j < R / 4; j++) {
+            float v[4];
+            results.block(j, v);
+            const unsigned bits[4] = {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                                      __float_as_uint(v[3])};
+            store32(p, at, (unsigned *)p.g.out, j, bits);
+        }
     }
 }
 

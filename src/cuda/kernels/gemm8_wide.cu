@@ -10,40 +10,32 @@ enum { STAGES = TILE8_WIDE_STAGES, CHUNKS = TILE8_WIDE_CHUNKS };
 
 #if BNB_IS_HOPPER
 
-/* The tiles of this block: those of its cluster, of which it has every share-th row. */
-struct walk8 { int rows, columns, next, step, steps; };
-
-DEVICE struct walk8 walk8_of(const struct bnb_cuda_product8 &p, int tokens)
+/* The first row and token of the tile that is `next` in the order of clusters; false: there is none.  A cluster's tiles are
+ * grid / share apart, and of a tile its blocks have every share-th row.  No more than the number is kept between tiles: the
+ * warps that gather have few registers. */
+DEVICE bool tile_at8(const struct bnb_cuda_product8 &p, int next, int tokens, int rank, int *row, int *token)
 {
-    struct walk8 w;
-    const int rows = (int)((p.g.n + TILE8_ROWS - 1) / TILE8_ROWS);
-    w.rows = (rows + p.share - 1) / p.share;
-    w.columns = (int)((p.g.m + tokens - 1) / tokens);
-    w.next = (int)blockIdx.x / p.share;
-    w.step = (int)gridDim.x / p.share;
-    w.steps = (int)((p.g.k + TILE8_DEPTH - 1) / TILE8_DEPTH);
-    return w;
-}
-
-/* The first row and token of the next tile; false: there is none. */
-DEVICE bool next_tile8(const struct bnb_cuda_product8 &p, struct walk8 &w, int tokens, int rank, int *row, int *token)
-{
-    if (w.next >= w.rows * w.columns)
+    const int rows = (int)(((unsigned)p.g.n + (TILE8_ROWS - 1)) / TILE8_ROWS + p.share - 1) / p.share;
+    const int columns = (int)(((unsigned)p.g.m + ((unsigned)tokens - 1)) / (unsigned)tokens);
+    if (next >= rows * columns)
         return false;
-    bnb_tile8_place(w.next, w.rows, w.columns, p.group, row, token);
+    bnb_tile8_place(next, rows, columns, p.group, row, token);
     *row = (*row * p.share + rank) * TILE8_ROWS;
     *token *= tokens;
-    w.next += w.step;
     return true;
 }
 
+DEVICE int first_tile8(const struct bnb_cuda_product8 &p) { return (int)blockIdx.x / p.share; }
+DEVICE int tiles_apart8(const struct bnb_cuda_product8 &p) { return (int)gridDim.x / p.share; }
+DEVICE int steps8(const struct bnb_cuda_product8 &p) { return (int)((p.g.k + TILE8_DEPTH - 1) / TILE8_DEPTH); }
+
 template <int TOKENS, class Ring> DEVICE void copy_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, int rank)
 {
-    struct walk8 walk = walk8_of(p, TOKENS);
+    const int steps = steps8(p), apart = tiles_apart8(p);
     struct turn8 turn = {0, 0};
     int row, token;
-    while (next_tile8(p, walk, TOKENS, rank, &row, &token))
-        for (int k = 0; k < walk.steps; k++) {
+    for (int next = first_tile8(p); tile_at8(p, next, TOKENS, rank, &row, &token); next += apart)
+        for (int k = 0; k < steps; k++) {
             barrier_wait(ring.empty + turn.at, turn.parity ^ 1u);
             copy_rows8(p, ring, turn.at, k, row);
             copy_tokens8<TOKENS>(p, ring, turn.at, k, token, (unsigned)rank);
@@ -54,27 +46,27 @@ template <int TOKENS, class Ring> DEVICE void copy_wide8(const struct bnb_cuda_p
 template <int TOKENS, class Ring>
 DEVICE void gather_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, int rank)
 {
-    struct walk8 walk = walk8_of(p, TOKENS);
     struct turn8 turn = {0, 0};
     int row, token;
-    while (lists8(p) && next_tile8(p, walk, TOKENS, rank, &row, &token))
+    if (!lists8(p))
+        return;
+    for (int next = first_tile8(p); tile_at8(p, next, TOKENS, rank, &row, &token); next += tiles_apart8(p))
         gather8<TOKENS, CHUNKS>(p, ring, {row, token, 0, TOKENS}, turn);
 }
 
 template <int TOKENS, class Ring>
 DEVICE void multiply_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, int rank)
 {
-    struct walk8 walk = walk8_of(p, TOKENS);
     struct turn8 stage = {0, 0}, chunk = {0, 0};
     const int group = warpgroup8() - 1, first = ((int)threadIdx.x / 32 - 4) * 16;
     float *stats = ring.stats + group * TOKENS;
     int row, token;
-    while (next_tile8(p, walk, TOKENS, rank, &row, &token)) {
+    for (int next = first_tile8(p); tile_at8(p, next, TOKENS, rank, &row, &token); next += tiles_apart8(p)) {
         int d[TOKENS / 2] = {}; /* or the sums of the tile before would be kept */
         named_barrier(1 + group, 128); /* statistics were read for the tile before */
         bring_stats8<TOKENS>(p.g, stats, token);
         const struct lane8 lane = lane8_of(p.g, row + first);
-        sum8<STAGES>(ring, group, walk.steps, p.share, stage, d);
+        sum8<STAGES>(ring, group, steps8(p), p.share, stage, d);
         named_barrier(1 + group, 128);
         finish_tile8<CHUNKS>(p, ring, {row + first, token, 0, TOKENS}, stats, lane, chunk, d);
     }
