@@ -1,7 +1,7 @@
 /*
  * launch_linear8.c - an int8 layer on CUDA: quantise and multiply, in two launches, or three for many rows with outliers
  *
- * Of the launches, all but the first may come to the card early: each waits, by itself, for the one before.
+ * All of them may come to the card early: each waits, by itself, for the one before.
  */
 #include "cuda/cuda.h"
 
@@ -14,6 +14,17 @@ static struct bnb_cuda_kernel *holder_of(int64_t cols, bnb_dtype dtype)
     static struct bnb_cuda_kernel rows[] = BNB_CUDA_VARIANTS("rows8_linear", "bnb_k_linear8_rows", THREADS);
     static struct bnb_cuda_kernel longer[] = BNB_CUDA_VARIANTS("rows8_linear", "bnb_k_linear8_long", THREADS);
     return cols > SHORT_ROW ? &longer[dtype] : &rows[dtype];
+}
+
+/* A block to a row, or to some. */
+static bnb_status hold_early(const struct bnb_cuda_call *c, const struct bnb_cuda_held8 *q, bnb_dtype dtype)
+{
+    struct bnb_cuda_kernel *rows = holder_of(q->a.cols, dtype);
+    int blocks = 0;
+    const bnb_status status = bnb_cuda_resident(c, rows, &blocks);
+    return status ? status
+                  : bnb_cuda_launch_as(c, rows, q->a.rows < blocks ? q->a.rows : blocks,
+                                       (struct bnb_cuda_manner){1, true}, q);
 }
 
 bnb_status bnb_cuda_hold_rows(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, float *column_stats,
@@ -31,15 +42,9 @@ static bnb_status hold_flagged(const struct bnb_cuda_call *c, const struct bnb_c
         {.image = "rows8_linear", .name = "bnb_k_linear8_clean", .dtype = BNB_F32, .threads = THREADS},
         {.image = "rows8_linear", .name = "bnb_k_linear8_clean", .dtype = BNB_F16, .threads = THREADS},
         {.image = "rows8_linear", .name = "bnb_k_linear8_clean", .dtype = BNB_BF16, .threads = THREADS}};
-    struct bnb_cuda_kernel *rows = holder_of(q->a.cols, dtype);
-    int blocks = 0;
-    bnb_status status = bnb_cuda_launch_over(c, &clean[dtype], bnb_blocks(q->a.cols, THREADS), q);
-    if (!status)
-        status = bnb_cuda_resident(c, rows, &blocks);
-    if (!status)
-        status =
-            bnb_cuda_launch_as(c, rows, q->a.rows < blocks ? q->a.rows : blocks, (struct bnb_cuda_manner){1, true}, q);
-    return status;
+    const bnb_status status = bnb_cuda_launch_as(c, &clean[dtype], bnb_blocks(q->a.cols, THREADS),
+                                                 (struct bnb_cuda_manner){1, true}, q);
+    return status ? status : hold_early(c, q, dtype);
 }
 
 static bnb_status quantise(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, bnb_dtype dtype)
@@ -48,7 +53,7 @@ static bnb_status quantise(const struct bnb_cuda_call *c, const struct bnb_rows_
     struct bnb_cuda_held8 q = {.a = *a, .vector = bnb_cuda_rows_aligned(a)};
     int built = 0;
     if (!a->outlier)
-        return bnb_cuda_hold_rows(c, a, NULL, dtype);
+        return hold_early(c, &q, dtype);
     if (c->card->capability >= 90 && c->card->cu->launch_as && a->rows <= FEW_ROWS) {
         const bnb_status status = bnb_cuda_resident(c, &few[dtype], &built);
         if (status)
@@ -58,7 +63,7 @@ static bnb_status quantise(const struct bnb_cuda_call *c, const struct bnb_rows_
         return hold_flagged(c, &q, dtype);
     for (q.cluster = 1; q.cluster < CLUSTER && q.cluster < a->rows;)
         q.cluster *= 2;
-    return bnb_cuda_launch_as(c, &few[dtype], q.cluster, (struct bnb_cuda_manner){q.cluster, false}, &q);
+    return bnb_cuda_launch_as(c, &few[dtype], q.cluster, (struct bnb_cuda_manner){q.cluster, true}, &q);
 }
 
 static bnb_status run(const struct bnb_cuda_call *c, const struct bnb_linear8_block *l, int8_t *codes, float *stats,

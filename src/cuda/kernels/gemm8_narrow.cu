@@ -112,6 +112,7 @@ template <int TOKENS, int STAGES> DEVICE void narrow8(const struct bnb_cuda_prod
         ring.init(1);
     }
     __syncthreads();
+    let_next_launch_come();
     if (threadIdx.x < 128 && p.split > 1)
         cluster_arrive();
     if (threadIdx.x < 32) {

@@ -88,6 +88,7 @@ template <int TOKENS> DEVICE void wide8(const struct bnb_cuda_product8 &p)
         cluster_arrive();
         cluster_wait();
     }
+    let_next_launch_come();
     wait_for_launch_before();
     if (threadIdx.x < 128) {
         registers_shrink<56>();

@@ -9,7 +9,7 @@
 #ifndef BNB_CUDA_HOPPER_CUH
 #define BNB_CUDA_HOPPER_CUH
 
-#include "cuda/kernels/device.cuh"
+#include "cuda/kernels/early.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define BNB_IS_HOPPER 1
@@ -95,7 +95,7 @@ DEVICE void prefetch_map(const struct bnb_cuda_map *map)
     asm volatile("prefetch.tensormap [%0];" ::"l"((uint64_t)map) : "memory");
 }
 
-/* ---------------------------------------------------------------- clusters, and the launch before this one */
+/* ---------------------------------------------------------------- clusters */
 
 DEVICE unsigned cluster_rank()
 {
@@ -129,9 +129,6 @@ DEVICE int4 cluster_load(const void *p, unsigned rank)
                  : "memory");
     return v;
 }
-
-/* Until what was launched before on the stream is done, where this launch did not wait for it. */
-DEVICE void wait_for_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 /* ---------------------------------------------------------------- registers of a warpgroup */
 

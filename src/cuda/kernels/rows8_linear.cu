@@ -6,26 +6,12 @@
  * as they are: the product knows what to do.  Few rows: the blocks are one cluster, which collects the columns in shared
  * memory and writes all flags.  Many rows: flags are set in memory that was cleared before.
  */
+#include "cuda/kernels/early.cuh"
 #include "cuda/kernels/rows8.cuh"
 
 /* Groups of eight elements that a thread holds, of rows of up to 4096 elements and of longer ones; columns of a mask's
  * word; words of the longest row's mask. */
 enum { THREADS = 256, SHORT_PARTS = 2, PARTS = 8, WORD = 32, MAX_WORDS = (BNB_MAX_K8 + WORD) / WORD };
-
-/* The next launch may come to the card: it waits for the end of this one itself. */
-DEVICE void let_next_launch_come()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-DEVICE void wait_for_launch_before()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 /* ---------------------------------------------------------------- codes */
 
@@ -163,6 +149,7 @@ DEVICE void join8(const struct bnb_cuda_held8 &q, const unsigned *own)
 /* Before many rows: no flags. */
 extern "C" __global__ void __launch_bounds__(256) bnb_k_linear8_clean(const struct bnb_cuda_held8 q)
 {
+    wait_for_launch_before();
     let_next_launch_come();
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < q.a.cols; i += (int64_t)gridDim.x * THREADS)
         q.a.outlier[i] = 0;

@@ -71,6 +71,8 @@ template <int HELD, bool COLUMNS> DEVICE void NAME(held8_rows)(const struct bnb_
     __shared__ unsigned partial[THREADS / 32];
     const struct marks8 marks = marks8_of(q.a, nullptr);
     unsigned top[HELD][8] = {};
+    if (!q.a.outlier) /* else flags were cleared by the launch before, which waited for what made x */
+        wait_for_launch_before();
     let_next_launch_come();
     for (int64_t row = blockIdx.x; row < q.a.rows; row += gridDim.x)
         NAME(held8_row)<HELD, COLUMNS>(q, row, marks, top, partial);
@@ -105,6 +107,7 @@ extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_cluster)(co
     __shared__ unsigned own[MAX_WORDS], partial[THREADS / 32];
     const struct marks8 marks = marks8_of(q.a, own);
     unsigned top[PARTS][8];
+    wait_for_launch_before();
     let_next_launch_come();
     for (int64_t w = threadIdx.x; w < (q.a.cols + WORD - 1) / WORD; w += THREADS)
         own[w] = 0;
