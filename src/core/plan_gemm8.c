@@ -41,10 +41,10 @@ static int64_t tiles_of(const struct bnb_gemm8_shape *s, int tokens)
     return ceil_of(s->n, ROWS) * ceil_of(s->m, tokens);
 }
 
-/* As many blocks to a sum as the card holds at once, two on a multiprocessor (one of 128 tokens), some steps for each. */
+/* As many blocks to a sum as the card holds at once, two on a multiprocessor (one of 64 tokens or more), some steps for each. */
 static int split_of(const struct bnb_gemm8_shape *s, const struct bnb_gemm8_card *card, int tokens)
 {
-    const int64_t room = (int64_t)card->sms * (tokens < ROWS ? 2 : 1), tiles = tiles_of(s, tokens);
+    const int64_t room = (int64_t)card->sms * (2 * tokens < ROWS ? 2 : 1), tiles = tiles_of(s, tokens);
     int split = 1;
     while (2 * split <= MAX_SPLIT && tiles * 2 * split <= room &&
            ceil_of(s->k, DEPTH) >= (int64_t)MIN_STEPS * 2 * split)

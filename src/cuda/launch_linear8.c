@@ -42,8 +42,8 @@ static bnb_status hold_flagged(const struct bnb_cuda_call *c, const struct bnb_c
         {.image = "rows8_linear", .name = "bnb_k_linear8_clean", .dtype = BNB_F32, .threads = THREADS},
         {.image = "rows8_linear", .name = "bnb_k_linear8_clean", .dtype = BNB_F16, .threads = THREADS},
         {.image = "rows8_linear", .name = "bnb_k_linear8_clean", .dtype = BNB_BF16, .threads = THREADS}};
-    const bnb_status status = bnb_cuda_launch_as(c, &clean[dtype], bnb_blocks(q->a.cols, THREADS),
-                                                 (struct bnb_cuda_manner){1, true}, q);
+    const bnb_status status =
+        bnb_cuda_launch_as(c, &clean[dtype], bnb_blocks(q->a.cols, THREADS), (struct bnb_cuda_manner){1, true}, q);
     return status ? status : hold_early(c, q, dtype);
 }
 

@@ -229,7 +229,7 @@ static void sizes(void)
     const struct {
         int tokens, stages, chunks, blocks;
     } kernel[] = {{8, TILE8_STAGES_8, TILE8_NARROW_CHUNKS, 2},     {16, TILE8_STAGES_16, TILE8_NARROW_CHUNKS, 2},
-                  {32, TILE8_STAGES_32, TILE8_NARROW_CHUNKS, 2},   {64, TILE8_STAGES_64, TILE8_NARROW_CHUNKS, 2},
+                  {32, TILE8_STAGES_32, TILE8_NARROW_CHUNKS, 2},   {64, TILE8_STAGES_64, TILE8_NARROW_CHUNKS, 1},
                   {128, TILE8_STAGES_128, TILE8_NARROW_CHUNKS, 1}, {128, TILE8_WIDE_STAGES, TILE8_WIDE_CHUNKS, 1},
                   {256, TILE8_WIDE_STAGES, TILE8_WIDE_CHUNKS, 1}};
     for (size_t i = 0; i < sizeof kernel / sizeof kernel[0]; i++) {

@@ -61,19 +61,24 @@ template <class Ring, int R> DEVICE void lay_out8(const Ring &ring, const int (&
         to[j * TILE8_WORKERS] = make_int4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
 }
 
-/* The sums of the blocks of tokens that this block finishes, over the cluster; the others as they are. */
-template <class Ring, int R> DEVICE void add_up8(const Ring &ring, const struct share8 &s, int split, int (&d)[R])
+/* The sums of the blocks of tokens that this block finishes, over the SPLIT blocks of the cluster; the others as they are. */
+template <int SPLIT, class Ring, int R> DEVICE void add_up8(const Ring &ring, const struct share8 &s, int (&d)[R])
 {
+    enum { AT_ONCE = SPLIT > 2 && R > 32 ? 2 : SPLIT }; /* as registers allow */
     const int4 *from = (const int4 *)ring.stages + ((int)threadIdx.x - 128);
 #pragma unroll
     for (int j = 0; j < R / 4; j++) {
         if (8 * j < s.first || 8 * j >= s.end)
             continue;
-        int4 sum = make_int4(0, 0, 0, 0);
-#pragma unroll 2
-        for (int rank = 0; rank < split; rank++) {
-            const int4 v = cluster_load(from + j * TILE8_WORKERS, (unsigned)rank);
-            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        int4 v[AT_ONCE], sum = make_int4(0, 0, 0, 0);
+#pragma unroll
+        for (int first = 0; first < SPLIT; first += AT_ONCE) {
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                v[i] = cluster_load(from + j * TILE8_WORKERS, (unsigned)(first + i));
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
         }
         d[4 * j] = sum.x, d[4 * j + 1] = sum.y, d[4 * j + 2] = sum.z, d[4 * j + 3] = sum.w;
     }
@@ -94,7 +99,12 @@ DEVICE void multiply_narrow8(const struct bnb_cuda_product8 &p, const Ring &ring
         lay_out8(ring, d);
         cluster_arrive();
         cluster_wait();
-        add_up8(ring, s, p.split, d);
+        if (p.split == 8)
+            add_up8<8>(ring, s, d);
+        else if (p.split == 4)
+            add_up8<4>(ring, s, d);
+        else
+            add_up8<2>(ring, s, d);
     }
     if (s.first < s.end)
         finish_tile8<CHUNKS>(p, ring, {first, s.token, s.first, s.end}, stats, lane, chunk, d);
@@ -113,23 +123,26 @@ template <int TOKENS, int STAGES> DEVICE void narrow8(const struct bnb_cuda_prod
     }
     __syncthreads();
     let_next_launch_come();
-    if (threadIdx.x < 128 && p.split > 1)
-        cluster_arrive();
     if (threadIdx.x < 32) {
         if (threadIdx.x == 0)
             copy_narrow8<TOKENS, STAGES>(p, ring, s);
+        if (p.split > 1)
+            cluster_arrive_empty();
+    } else if (threadIdx.x < 128) {
+        struct turn8 turn = {0, 0};
+        if (p.split > 1)
+            cluster_arrive_empty();
+        wait_for_launch_before();
+        if (s.first < s.end && lists8(p))
+            gather8<TOKENS, CHUNKS>(p, ring, {s.row, s.token, s.first, s.end}, turn);
     } else {
         wait_for_launch_before();
-        struct turn8 turn = {0, 0};
-        if (threadIdx.x >= 128)
-            multiply_narrow8<TOKENS, STAGES>(p, ring, s);
-        else if (s.first < s.end && lists8(p))
-            gather8<TOKENS, CHUNKS>(p, ring, {s.row, s.token, s.first, s.end}, turn);
+        multiply_narrow8<TOKENS, STAGES>(p, ring, s);
     }
     if (p.split > 1) { /* nobody leaves while others read its sums */
         if (threadIdx.x < 128)
             cluster_wait();
-        cluster_arrive();
+        cluster_arrive_empty();
         cluster_wait();
     }
 }
@@ -160,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 2)
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 2)
+extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
     bnb_k_gemm8_narrow64(const __grid_constant__ struct bnb_cuda_product8 p)
 {
 #if BNB_IS_HOPPER

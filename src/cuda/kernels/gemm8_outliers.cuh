@@ -121,47 +121,76 @@ DEVICE unsigned piece_pair8(const struct bnb_cuda_product8 &p, float a, float b,
                                      : quick_pair((const bf16 *)nullptr, a, b);
 }
 
-DEVICE float activation8(const struct bnb_cuda_product8 &p, int64_t at)
+/* Columns are loaded eight at a time, all of them on their way before the first is used: beyond `count`, 1 or more, the first
+ * again, as zeros. */
+enum { LOADED8 = 8 };
+
+DEVICE int column8(const int *taken, int count, int i) { return taken[i < count ? i : 0]; }
+
+/* Of one token. */
+DEVICE void activations8(const struct bnb_cuda_product8 &p, int64_t token, const int *taken, int count,
+                         float (&v)[LOADED8])
 {
-    if (p.dtype == BNB_CUDA_F32)
-        return __ldg((const float *)p.g.x + at);
-    const unsigned bits = __ldg((const unsigned short *)p.g.x + at);
-    return p.dtype == BNB_CUDA_F16 ? f16_value(bits) : __uint_as_float(bits << 16);
+    const int64_t at = token * p.g.k;
+    unsigned bits[LOADED8];
+    if (p.dtype == BNB_CUDA_F32) {
+#pragma unroll
+        for (int i = 0; i < LOADED8; i++)
+            bits[i] = __ldg((const unsigned *)p.g.x + at + column8(taken, count, i));
+    } else {
+#pragma unroll
+        for (int i = 0; i < LOADED8; i++)
+            bits[i] = __ldg((const unsigned short *)p.g.x + at + column8(taken, count, i));
+    }
+#pragma unroll
+    for (int i = 0; i < LOADED8; i++) {
+        v[i] = p.dtype == BNB_CUDA_F32   ? __uint_as_float(bits[i])
+               : p.dtype == BNB_CUDA_F16 ? f16_value(bits[i])
+                                         : __uint_as_float(bits[i] << 16);
+        v[i] = i < count ? v[i] : 0.0f;
+    }
 }
 
-/* Of one token, eight columns at a time: the warps that gather have few registers. */
+/* Of one token, one that there is or, `there` false, zeros. */
 DEVICE void fill_token8(const struct bnb_cuda_product8 &p, char *to, const int *taken, int count, int piece,
-                        int64_t token)
+                        int64_t token, bool there)
 {
-    const bool is_there = token < p.g.m, rest = p.threshold > 0.0f && is_there;
-    const float stat = rest ? p.g.row_stats[token] : 1.0f;
+    const bool rest = p.threshold > 0.0f;
+    const float stat = rest ? p.g.row_stats[token] : 1.0f, r = 127.0f / stat;
 #pragma unroll 1
-    for (int h = 0; h < TILE8_COLUMNS; h += 8) {
-        float v[8];
-        unsigned w[4];
+    for (int h = 0; h < TILE8_COLUMNS; h += LOADED8, to += 2 * LOADED8) {
+        float v[LOADED8] = {};
+        unsigned w[LOADED8 / 2];
+        if (h < count && there)
+            activations8(p, token, taken + h, count - h, v);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            v[i] = h + i < count && is_there ? activation8(p, token * p.g.k + taken[h + i]) : 0.0f;
+        for (int i = 0; i < LOADED8; i++)
+            if (rest && there && h + i < count)
+                v[i] = rest8_of(v[i], stat, r, p.threshold);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (rest && h + i < count)
-                v[i] = rest8_of(v[i], stat, 127.0f / stat, p.threshold);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < LOADED8 / 2; i++)
             w[i] = piece_pair8(p, v[2 * i], v[2 * i + 1], piece);
-        *(uint4 *)(to + 2 * h) = make_uint4(w[0], w[1], w[2], w[3]);
+        *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
     }
 }
 
 /* Of one row of the weight. */
 DEVICE void fill_row8(const struct bnb_cuda_product8 &p, char *to, const int *taken, int count, int64_t row)
 {
-    unsigned w[TILE8_COLUMNS / 4] = {};
+    const int8_t *from = p.g.b + (row < p.g.n ? row : 0) * p.g.k;
+#pragma unroll 1
+    for (int h = 0; h < TILE8_COLUMNS; h += LOADED8, to += LOADED8) {
+        unsigned c[LOADED8], w[2] = {0, 0};
+        if (h < count) {
 #pragma unroll
-    for (int i = 0; i < TILE8_COLUMNS; i++)
-        if (i < count && row < p.g.n)
-            w[i / 4] |= (unsigned)(uint8_t)__ldg(p.g.b + row * p.g.k + taken[i]) << 8 * (i % 4);
-    *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
+            for (int i = 0; i < LOADED8; i++)
+                c[i] = (unsigned char)__ldg(from + column8(taken + h, count - h, i));
+#pragma unroll
+            for (int i = 0; i < LOADED8; i++)
+                w[i / 4] |= h + i < count && row < p.g.n ? c[i] << 8 * (i % 4) : 0u;
+        }
+        *(uint2 *)to = make_uint2(w[0], w[1]);
+    }
 }
 
 /* A chunk of the columns `taken`, by `threads` threads; of the tile's TOKENS tokens, those from `first` to `end`. */
@@ -171,7 +200,8 @@ DEVICE void fill_chunk8(const struct bnb_cuda_product8 &p, char *to, const int *
 {
 #pragma unroll 1
     for (int i = first + thread; i < end; i += threads)
-        fill_token8(p, to + bnb_tile8_values(i, 0), taken, count, piece, token + i);
+        fill_token8(p, to + bnb_tile8_values(i, 0), taken, count, piece, token + i < p.g.m ? token + i : 0,
+                    token + i < p.g.m);
 #pragma unroll 1
     for (int i = threads - 1 - thread; i < TILE8_ROWS; i += threads)
         fill_row8(p, to + bnb_tile8_codes(TOKENS, i, 0), taken, count, row + i);

@@ -112,6 +112,13 @@ DEVICE void cluster_arrive()
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
+/* The same of a warp that has written nothing that others read. */
+DEVICE void cluster_arrive_empty()
+{
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 DEVICE void cluster_wait()
 {
     __syncwarp();

@@ -40,11 +40,11 @@ BNB_EITHER_DEVICE int bnb_tile8_codes(int tokens, int row, int t) { return token
 enum {
     TILE8_WIDE_STAGES = 4,
     TILE8_WIDE_CHUNKS = 2,
-    TILE8_NARROW_CHUNKS = 1,
+    TILE8_NARROW_CHUNKS = 2,
     TILE8_STAGES_8 = 5,
     TILE8_STAGES_16 = 5,
-    TILE8_STAGES_32 = 5,
-    TILE8_STAGES_64 = 4,
+    TILE8_STAGES_32 = 4,
+    TILE8_STAGES_64 = 8,
     TILE8_STAGES_128 = 6
 };
 
@@ -98,7 +98,10 @@ BNB_EITHER_DEVICE void bnb_tile8_place(int t, int rows, int columns, int group, 
 }
 
 /* The first of `steps` steps of part `rank` of `split`; part `split` begins at the end. */
-BNB_EITHER_DEVICE int bnb_tile8_first(int steps, int split, int rank) { return (int)((int64_t)steps * rank / split); }
+BNB_EITHER_DEVICE int bnb_tile8_first(int steps, int split, int rank)
+{
+    return (int)((unsigned)steps * (unsigned)rank / (unsigned)split);
+}
 
 /* The first of `tokens` tokens that part `rank` of `split` finishes, whole blocks of eight. */
 BNB_EITHER_DEVICE int bnb_tile8_token(int tokens, int split, int rank)
