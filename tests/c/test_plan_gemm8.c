@@ -30,6 +30,7 @@ static void check_plan(const struct bnb_gemm8_shape *s, const struct bnb_gemm8_c
           text);
     CHECK(p.way == BNB_GEMM8_PLAIN || ceil_of(s->m, p.tokens) * ceil_of(s->n, 128) * p.split < (int64_t)1 << 31, "%s",
           text);
+    CHECK(p.way != BNB_GEMM8_NARROW || p.tokens >= s->m || p.tokens >= 64, "%s", text);
     /* Of a card without matrix units of its own, or bulk copies, nothing is asked that it has not; else they are used. */
     if (units && card->capability == 90 && card->bulk && s->m < 1000000 && s->n < 1000000)
         CHECK(p.way >= BNB_GEMM8_NARROW, "%s", text);
@@ -62,10 +63,13 @@ static void known_plans(void)
         int64_t m, n, k;
         enum bnb_gemm8_way way;
         int tokens, split;
-    } known[] = {{1, 4096, 4096, BNB_GEMM8_NARROW, 8, 8},     {1, 14336, 4096, BNB_GEMM8_NARROW, 8, 2},
-                 {8, 28672, 8192, BNB_GEMM8_NARROW, 8, 1},    {32, 4096, 14336, BNB_GEMM8_NARROW, 32, 8},
-                 {128, 4096, 4096, BNB_GEMM8_NARROW, 128, 4}, {512, 4096, 4096, BNB_GEMM8_WIDE, 128, 1},
-                 {2048, 14336, 4096, BNB_GEMM8_WIDE, 256, 1}, {8192, 28672, 8192, BNB_GEMM8_WIDE, 256, 1}};
+    } known[] = {{1, 4096, 4096, BNB_GEMM8_NARROW, 8, 4},      {8, 14336, 4096, BNB_GEMM8_NARROW, 8, 1},
+                 {1, 4096, 14336, BNB_GEMM8_NARROW, 8, 4},     {8, 28672, 8192, BNB_GEMM8_NARROW, 8, 1},
+                 {32, 4096, 4096, BNB_GEMM8_NARROW, 32, 4},    {32, 14336, 4096, BNB_GEMM8_NARROW, 32, 1},
+                 {128, 4096, 4096, BNB_GEMM8_NARROW, 64, 1},   {128, 4096, 14336, BNB_GEMM8_NARROW, 64, 2},
+                 {128, 14336, 4096, BNB_GEMM8_NARROW, 128, 1}, {512, 4096, 4096, BNB_GEMM8_NARROW, 128, 1},
+                 {512, 14336, 4096, BNB_GEMM8_WIDE, 256, 1},   {512, 28672, 8192, BNB_GEMM8_WIDE, 256, 1},
+                 {2048, 4096, 14336, BNB_GEMM8_WIDE, 256, 1},  {8192, 28672, 8192, BNB_GEMM8_WIDE, 256, 1}};
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
         const struct bnb_gemm8_shape s = {known[i].m, known[i].n, known[i].k, true};
         const struct bnb_gemm8_plan p = bnb_plan_gemm8(&s, &h100);
