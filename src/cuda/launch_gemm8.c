@@ -86,10 +86,11 @@ static bnb_status map_of(const struct bnb_cuda_call *c, const void *matrix, int 
                           c->function, "cuTensorMapEncodeTiled");
 }
 
-static bnb_status run_tiles(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm8 *p, bnb_dtype dtype,
-                            const struct bnb_gemm8_plan *plan, bool early)
+static bnb_status run_tiles(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm8 *p, const unsigned *mask,
+                            bnb_dtype dtype, const struct bnb_gemm8_plan *plan, bool early)
 {
     struct bnb_cuda_product8 q = {.g = p->g,
+                                  .mask = mask,
                                   .threshold = p->threshold,
                                   .dtype = (int)dtype,
                                   .store = p->g.n % 8 == 0 && bnb_cuda_aligned(p->g.out, 16),
@@ -139,8 +140,8 @@ static bnb_status plan_for(const struct bnb_cuda_call *c, const struct bnb_cuda_
     }
 }
 
-bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, float threshold,
-                             bnb_dtype dtype, bool early)
+bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, const unsigned *mask,
+                             float threshold, bnb_dtype dtype, bool early)
 {
     struct bnb_cuda_gemm8 p = {.g = *g, .threshold = threshold};
     struct bnb_gemm8_plan plan;
@@ -150,7 +151,7 @@ bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gem
     const bnb_status status = plan_for(c, &p, &plan);
     if (status)
         return status;
-    return plan.way == BNB_GEMM8_PLAIN ? run_plain(c, &p, dtype) : run_tiles(c, &p, dtype, &plan, early);
+    return plan.way == BNB_GEMM8_PLAIN ? run_plain(c, &p, dtype) : run_tiles(c, &p, mask, dtype, &plan, early);
 }
 
 /* ---------------------------------------------------------------- the gradient */
@@ -207,7 +208,7 @@ bnb_status bnb_cuda_gemm8(const bnb_exec *ex, const struct bnb_gemm8_block *g, b
     bnb_status status = bnb_cuda_begin(&c, ex, g->grad ? "gemm8_grad" : g->sums ? "matmul8" : "gemm8");
     if (status)
         return status;
-    status = g->grad ? grad8(&c, g, dtype) : bnb_cuda_product8(&c, g, 0.0f, dtype, false);
+    status = g->grad ? grad8(&c, g, dtype) : bnb_cuda_product8(&c, g, NULL, 0.0f, dtype, false);
     bnb_cuda_end(&c);
     return status;
 }

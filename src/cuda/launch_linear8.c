@@ -47,10 +47,11 @@ static bnb_status hold_flagged(const struct bnb_cuda_call *c, const struct bnb_c
     return status ? status : hold_early(c, q, dtype);
 }
 
-static bnb_status quantise(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, bnb_dtype dtype)
+static bnb_status quantise(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, unsigned *mask,
+                           bnb_dtype dtype)
 {
     static struct bnb_cuda_kernel few[] = BNB_CUDA_SPECIAL_VARIANTS("rows8_linear", "bnb_k_linear8_cluster", THREADS);
-    struct bnb_cuda_held8 q = {.a = *a, .vector = bnb_cuda_rows_aligned(a)};
+    struct bnb_cuda_held8 q = {.a = *a, .mask = mask, .vector = bnb_cuda_rows_aligned(a)};
     int built = 0;
     if (!a->outlier)
         return hold_early(c, &q, dtype);
@@ -66,10 +67,11 @@ static bnb_status quantise(const struct bnb_cuda_call *c, const struct bnb_rows_
     return bnb_cuda_launch_as(c, &few[dtype], q.cluster, (struct bnb_cuda_manner){q.cluster, true}, &q);
 }
 
-static bnb_status run(const struct bnb_cuda_call *c, const struct bnb_linear8_block *l, int8_t *codes, float *stats,
-                      bnb_dtype dtype)
+static bnb_status run(const struct bnb_cuda_call *c, const struct bnb_linear8_block *l, int8_t *codes, unsigned *bits,
+                      float *stats, bnb_dtype dtype)
 {
     uint8_t *outlier = l->k > 0 ? l->outlier : NULL;
+    unsigned *mask = outlier ? bits : NULL;
     const struct bnb_rows_args a = {.x = l->x,
                                     .codes = codes,
                                     .stats = stats,
@@ -89,16 +91,18 @@ static bnb_status run(const struct bnb_cuda_call *c, const struct bnb_linear8_bl
                                       .m = l->m,
                                       .n = l->n,
                                       .k = l->k};
-    const bnb_status status = quantise(c, &a, dtype);
+    const bnb_status status = quantise(c, &a, mask, dtype);
     if (status || l->n == 0)
         return status;
-    return bnb_cuda_product8(c, &g, outlier ? l->threshold : 0.0f, dtype, true);
+    return bnb_cuda_product8(c, &g, mask, outlier ? l->threshold : 0.0f, dtype, true);
 }
 
-/* Workspace: statistics behind the codes, from a multiple of 256 bytes on. */
+/* Workspace: codes, the bits of outlier columns from a multiple of 256 bytes on, statistics. */
 bnb_status bnb_cuda_linear8(const bnb_exec *ex, const struct bnb_linear8_block *l, bnb_dtype dtype)
 {
-    const size_t codes = ((size_t)l->m * (size_t)l->k + 255) / 256 * 256, bytes = codes + (size_t)l->m * sizeof(float);
+    const size_t codes = ((size_t)l->m * (size_t)l->k + 255) / 256 * 256;
+    const size_t stats = codes + BNB_CUDA_MASK_WORDS((size_t)l->k) * sizeof(unsigned);
+    const size_t bytes = stats + (size_t)l->m * sizeof(float);
     struct bnb_cuda_call c;
     void *memory = NULL;
     bnb_status status = bnb_cuda_begin(&c, ex, "linear8");
@@ -111,7 +115,7 @@ bnb_status bnb_cuda_linear8(const bnb_exec *ex, const struct bnb_linear8_block *
                                 c.card->cu->set_bytes((cu_address)(uintptr_t)l->outlier, 0, (size_t)l->k, c.stream),
                                 c.function, "cuMemsetD8Async");
     if (!status && memory)
-        status = run(&c, l, memory, (float *)((char *)memory + codes), dtype);
+        status = run(&c, l, memory, (unsigned *)((char *)memory + codes), (float *)((char *)memory + stats), dtype);
     bnb_cuda_free(&c, memory, bytes);
     bnb_cuda_end(&c);
     return status;

@@ -107,8 +107,8 @@ DEVICE void add_outliers(const struct bnb_cuda_product8 &p, char *chunk, const s
 {
     while (count > 0) {
         for (int piece = 0; piece < pieces8(p); piece++) {
-            fill_chunk8<TILE8_SIDE>(p, chunk, taken, count, piece, tile.row, tile.token, tile.first, tile.end,
-                                    (int)threadIdx.x, THREADS);
+            fill_tokens8(p, chunk, taken, count, piece, tile, (int)threadIdx.x, THREADS);
+            fill_rows8<TILE8_SIDE>(p, chunk, taken, count, tile, (int)threadIdx.x, THREADS);
             __syncthreads();
             add_chunk8(f, chunk, TILE8_SIDE, (int)(own.row - tile.row), (int)(own.token - tile.token),
                        p.dtype == BNB_CUDA_F16);

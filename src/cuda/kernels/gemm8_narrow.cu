@@ -50,12 +50,37 @@ DEVICE void copy_narrow8(const struct bnb_cuda_product8 &p, const Ring &ring, co
     }
 }
 
-/* This warpgroup's sums to where the others read them: four of a thread side by side, block by block.  The stages are free
- * when both warpgroups have read them. */
+/* Of a sum that blocks share, the stages are free: by all warps that read them. */
+DEVICE void stages_free8(const struct bnb_cuda_product8 &p)
+{
+    named_barrier(3, TILE8_WORKERS + (picks8(p) ? GATHERERS - PICKER : 0));
+}
+
+/* Outlier columns.  The warp that picks has codes from this block's part of the sum alone, and gives them to all blocks that
+ * finish tokens, when these are there; they have all of them when the cluster meets next. */
+template <int TOKENS, int STAGES, class Ring>
+DEVICE void gather_narrow8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct share8 &s)
+{
+    struct turn8 stage = {0, 0}, chunk = {0, 0};
+    const int total = lists8(p) ? list8(p, ring, CHUNKS * TILE8_COLUMNS) : 0;
+    if (p.split > 1)
+        cluster_wait();
+    if (picks8(p) && threadIdx.x >= 32 + PICKER) {
+        pick_tile8<STAGES, CHUNKS>(ring, min(total, CHUNKS * TILE8_COLUMNS), s.step, s.steps,
+                                   p.split > 1 ? min(p.split, TOKENS / 8) : 0, stage, chunk);
+        if (p.split > 1)
+            stages_free8(p);
+    }
+    if (p.split > 1)
+        cluster_arrive();
+    if (s.first < s.end)
+        gather8<TOKENS, CHUNKS>(p, ring, {s.row, s.token, s.first, s.end}, total, chunk);
+}
+
+/* This warpgroup's sums to where the others read them, in the stages: four of a thread side by side, block by block. */
 template <class Ring, int R> DEVICE void lay_out8(const Ring &ring, const int (&d)[R])
 {
     int4 *to = (int4 *)ring.stages + ((int)threadIdx.x - 128);
-    named_barrier(3, TILE8_WORKERS);
 #pragma unroll
     for (int j = 0; j < R / 4; j++)
         to[j * TILE8_WORKERS] = make_int4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
@@ -96,7 +121,9 @@ DEVICE void multiply_narrow8(const struct bnb_cuda_product8 &p, const Ring &ring
     named_barrier(1 + group, 128);
     sum8<STAGES>(ring, group, s.steps, 1, stage, d);
     if (p.split > 1) {
+        stages_free8(p);
         lay_out8(ring, d);
+        cluster_wait();
         cluster_arrive();
         cluster_wait();
         if (p.split == 8)
@@ -113,28 +140,28 @@ DEVICE void multiply_narrow8(const struct bnb_cuda_product8 &p, const Ring &ring
 template <int TOKENS, int STAGES> DEVICE void narrow8(const struct bnb_cuda_product8 &p)
 {
     extern __shared__ char dynamic[];
-    __shared__ uint64_t barriers[2 * STAGES + 2 * CHUNKS];
+    __shared__ uint64_t barriers[BNB_RING8_BARRIERS(STAGES, CHUNKS)];
     const struct ring8<TOKENS, STAGES, CHUNKS> ring(dynamic, barriers);
     const struct share8 s = share8_of(p, TOKENS, p.split > 1 ? (int)cluster_rank() : 0);
     if (threadIdx.x == 0) {
         prefetch_map(&p.weight);
         prefetch_map(&p.tokens);
-        ring.init(1);
+        ring.init(1, picks8(p));
     }
     __syncthreads();
+    if (p.split > 1) /* nobody is written to before it is there */
+        cluster_arrive_empty();
     let_next_launch_come();
     if (threadIdx.x < 32) {
         if (threadIdx.x == 0)
             copy_narrow8<TOKENS, STAGES>(p, ring, s);
-        if (p.split > 1)
+        if (p.split > 1) {
+            cluster_wait();
             cluster_arrive_empty();
+        }
     } else if (threadIdx.x < 128) {
-        struct turn8 turn = {0, 0};
-        if (p.split > 1)
-            cluster_arrive_empty();
         wait_for_launch_before();
-        if (s.first < s.end && lists8(p))
-            gather8<TOKENS, CHUNKS>(p, ring, {s.row, s.token, s.first, s.end}, turn);
+        gather_narrow8<TOKENS, STAGES>(p, ring, s);
     } else {
         wait_for_launch_before();
         multiply_narrow8<TOKENS, STAGES>(p, ring, s);

@@ -27,7 +27,7 @@ DEVICE int pieces8(const struct bnb_cuda_product8 &p) { return p.dtype == BNB_CU
 enum { PAGE8 = 4096 };
 
 /* Of a list, the next.  Of flags, the first column that was not looked at, and bits of the ones of the page before it that
- * were not taken: bit j of word i of lane l is column 1024 i + 32 l + j of the page. */
+ * were not taken: bit j of word i of lane l is column 128 l + 32 i + j of the page. */
 struct columns8 {
     int next;
     unsigned bits[PAGE8 / 1024];
@@ -56,11 +56,11 @@ DEVICE void turn_page8(const struct bnb_cuda_product8 &p, struct columns8 &c)
     const int lane = (int)threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < PAGE8 / 1024; i++)
-        c.bits[i] = flags32(p.g.outlier, p.g.k, c.next + 1024 * i + 32 * lane);
+        c.bits[i] = flags32(p.g.outlier, p.g.k, c.next + PAGE8 / 32 * lane + 32 * i);
     c.next += PAGE8;
 }
 
-/* By a warp: up to 16 columns; how many.  Fewer than 16: there are no more. */
+/* By a warp: up to 16 columns, in ascending order; how many.  Fewer than 16: there are no more. */
 DEVICE int take8(const struct bnb_cuda_product8 &p, struct columns8 &c, int *taken)
 {
     const int lane = (int)threadIdx.x % 32;
@@ -91,7 +91,7 @@ DEVICE int take8(const struct bnb_cuda_product8 &p, struct columns8 &c, int *tak
 #pragma unroll
         for (int i = 0; i < PAGE8 / 1024; i++)
             for (; c.bits[i] && at < TILE8_COLUMNS; c.bits[i] &= c.bits[i] - 1)
-                taken[at++] = c.next - PAGE8 + 1024 * i + 32 * lane + __ffs((int)c.bits[i]) - 1;
+                taken[at++] = c.next - PAGE8 + PAGE8 / 32 * lane + 32 * i + __ffs((int)c.bits[i]) - 1;
         count = min(count + __shfl_sync(0xffffffffu, below, 31), (int)TILE8_COLUMNS);
     }
     __syncwarp();
@@ -99,6 +99,13 @@ DEVICE int take8(const struct bnb_cuda_product8 &p, struct columns8 &c, int *tak
 }
 
 /* ---------------------------------------------------------------- values */
+
+/* Where a warp's, or a block's, values go: rows from `row` on, tokens from `token` on, of these the ones from `first` to
+ * `end`. */
+struct place8 {
+    int64_t row, token;
+    int first, end;
+};
 
 /* Piece 0, 1 or 2 of an f32 value: eight bits of it each, all of them together. */
 DEVICE unsigned piece8(float x, int piece)
@@ -151,60 +158,67 @@ DEVICE void activations8(const struct bnb_cuda_product8 &p, int64_t token, const
     }
 }
 
-/* Of one token, one that there is or, `there` false, zeros. */
+/* Of one token: `count` of eight columns, zeros beyond. */
 DEVICE void fill_token8(const struct bnb_cuda_product8 &p, char *to, const int *taken, int count, int piece,
-                        int64_t token, bool there)
+                        int64_t token)
 {
     const bool rest = p.threshold > 0.0f;
-    const float stat = rest ? p.g.row_stats[token] : 1.0f, r = 127.0f / stat;
-#pragma unroll 1
-    for (int h = 0; h < TILE8_COLUMNS; h += LOADED8, to += 2 * LOADED8) {
-        float v[LOADED8] = {};
-        unsigned w[LOADED8 / 2];
-        if (h < count && there)
-            activations8(p, token, taken + h, count - h, v);
+    float v[LOADED8] = {};
+    unsigned w[LOADED8 / 2];
+    if (count > 0 && token < p.g.m) {
+        const float stat = rest ? __ldg(p.g.row_stats + token) : 1.0f;
+        activations8(p, token, taken, count, v);
+        const float r = 127.0f / stat;
 #pragma unroll
         for (int i = 0; i < LOADED8; i++)
-            if (rest && there && h + i < count)
+            if (rest && i < count)
                 v[i] = rest8_of(v[i], stat, r, p.threshold);
-#pragma unroll
-        for (int i = 0; i < LOADED8 / 2; i++)
-            w[i] = piece_pair8(p, v[2 * i], v[2 * i + 1], piece);
-        *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
     }
+#pragma unroll
+    for (int i = 0; i < LOADED8 / 2; i++)
+        w[i] = piece_pair8(p, v[2 * i], v[2 * i + 1], piece);
+    *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
 }
 
 /* Of one row of the weight. */
 DEVICE void fill_row8(const struct bnb_cuda_product8 &p, char *to, const int *taken, int count, int64_t row)
 {
-    const int8_t *from = p.g.b + (row < p.g.n ? row : 0) * p.g.k;
+    const int8_t *from = p.g.b + row * p.g.k;
+    unsigned c[LOADED8], w[2] = {0, 0};
+    if (count > 0 && row < p.g.n) {
+#pragma unroll
+        for (int i = 0; i < LOADED8; i++)
+            c[i] = (unsigned char)__ldg(from + column8(taken, count, i));
+#pragma unroll
+        for (int i = 0; i < LOADED8; i++)
+            w[i / 4] |= i < count ? c[i] << 8 * (i % 4) : 0u;
+    }
+    *(uint2 *)to = make_uint2(w[0], w[1]);
+}
+
+/* A chunk of the columns `taken`, by `threads` threads, eight columns of a line each time.  Values of the tile's tokens from
+ * `first` to `end`. */
+DEVICE void fill_tokens8(const struct bnb_cuda_product8 &p, char *to, const int *taken, int count, int piece,
+                         const struct place8 &at, int thread, int threads)
+{
+    const int tokens = at.end - at.first;
 #pragma unroll 1
-    for (int h = 0; h < TILE8_COLUMNS; h += LOADED8, to += LOADED8) {
-        unsigned c[LOADED8], w[2] = {0, 0};
-        if (h < count) {
-#pragma unroll
-            for (int i = 0; i < LOADED8; i++)
-                c[i] = (unsigned char)__ldg(from + column8(taken + h, count - h, i));
-#pragma unroll
-            for (int i = 0; i < LOADED8; i++)
-                w[i / 4] |= h + i < count && row < p.g.n ? c[i] << 8 * (i % 4) : 0u;
-        }
-        *(uint2 *)to = make_uint2(w[0], w[1]);
+    for (int i = thread; i < 2 * tokens; i += threads) {
+        const int h = i < tokens ? 0 : LOADED8, token = at.first + (i < tokens ? i : i - tokens);
+        fill_token8(p, to + bnb_tile8_values(token, h / 4), taken + h, count - h, piece, at.token + token);
     }
 }
 
-/* A chunk of the columns `taken`, by `threads` threads; of the tile's TOKENS tokens, those from `first` to `end`. */
+/* Codes of its rows. */
 template <int TOKENS>
-DEVICE void fill_chunk8(const struct bnb_cuda_product8 &p, char *to, const int *taken, int count, int piece,
-                        int64_t row, int64_t token, int first, int end, int thread, int threads)
+DEVICE void fill_rows8(const struct bnb_cuda_product8 &p, char *to, const int *taken, int count,
+                       const struct place8 &at, int thread, int threads)
 {
 #pragma unroll 1
-    for (int i = first + thread; i < end; i += threads)
-        fill_token8(p, to + bnb_tile8_values(i, 0), taken, count, piece, token + i < p.g.m ? token + i : 0,
-                    token + i < p.g.m);
-#pragma unroll 1
-    for (int i = threads - 1 - thread; i < TILE8_ROWS; i += threads)
-        fill_row8(p, to + bnb_tile8_codes(TOKENS, i, 0), taken, count, row + i);
+    for (int i = threads - 1 - thread; i < 2 * TILE8_ROWS; i += threads) {
+        const int h = i / TILE8_ROWS * LOADED8, row = i % TILE8_ROWS;
+        fill_row8(p, to + bnb_tile8_codes(TOKENS, row, h / 4), taken + h, count - h, at.row + row);
+    }
 }
 
 /* ---------------------------------------------------------------- product */

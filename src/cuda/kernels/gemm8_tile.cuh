@@ -88,12 +88,6 @@ template <int R> DEVICE void begin8(const int (&d)[R], float (&f)[R], const floa
 
 /* ---------------------------------------------------------------- the way out */
 
-/* Where a warp's values go: rows from `row` on, tokens from `token` on, of these the ones from `first` to `end`. */
-struct place8 {
-    int64_t row, token;
-    int first, end;
-};
-
 DEVICE bool is_placed8(const struct bnb_cuda_product8 &p, const struct place8 &at, int token)
 {
     return token >= at.first && token < at.end && at.token + token < p.g.m;

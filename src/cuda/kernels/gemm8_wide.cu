@@ -46,12 +46,17 @@ template <int TOKENS, class Ring> DEVICE void copy_wide8(const struct bnb_cuda_p
 template <int TOKENS, class Ring>
 DEVICE void gather_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, int rank)
 {
-    struct turn8 turn = {0, 0};
+    struct turn8 stage = {0, 0}, chunk = {0, 0};
     int row, token;
     if (!lists8(p))
         return;
-    for (int next = first_tile8(p); tile_at8(p, next, TOKENS, rank, &row, &token); next += tiles_apart8(p))
-        gather8<TOKENS, CHUNKS>(p, ring, {row, token, 0, TOKENS}, turn);
+    const bool picks = picks8(p) && threadIdx.x >= 32 + PICKER;
+    const int total = list8(p, ring, CHUNKS * TILE8_COLUMNS);
+    for (int next = first_tile8(p); tile_at8(p, next, TOKENS, rank, &row, &token); next += tiles_apart8(p)) {
+        if (picks)
+            pick_tile8<STAGES, CHUNKS>(ring, min(total, CHUNKS * TILE8_COLUMNS), 0, steps8(p), 0, stage, chunk);
+        gather8<TOKENS, CHUNKS>(p, ring, {row, token, 0, TOKENS}, total, chunk);
+    }
 }
 
 template <int TOKENS, class Ring>
@@ -75,13 +80,13 @@ DEVICE void multiply_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, 
 template <int TOKENS> DEVICE void wide8(const struct bnb_cuda_product8 &p)
 {
     extern __shared__ char dynamic[];
-    __shared__ uint64_t barriers[2 * STAGES + 2 * CHUNKS];
+    __shared__ uint64_t barriers[BNB_RING8_BARRIERS(STAGES, CHUNKS)];
     const struct ring8<TOKENS, STAGES, CHUNKS> ring(dynamic, barriers);
     const int rank = p.share > 1 ? (int)cluster_rank() : 0;
     if (threadIdx.x == 0) {
         prefetch_map(&p.weight);
         prefetch_map(&p.tokens);
-        ring.init(p.share);
+        ring.init(p.share, picks8(p));
     }
     __syncthreads();
     if (p.share > 1) { /* nobody's barriers are met before they are there */

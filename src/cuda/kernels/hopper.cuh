@@ -137,6 +137,16 @@ DEVICE int4 cluster_load(const void *p, unsigned rank)
     return v;
 }
 
+/* A byte to there. */
+DEVICE void cluster_store(void *p, unsigned rank, unsigned byte)
+{
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.u8 [there], %2; }" ::"r"(
+            shared_address(p)),
+        "r"(rank), "r"(byte)
+        : "memory");
+}
+
 /* ---------------------------------------------------------------- registers of a warpgroup */
 
 template <int COUNT> DEVICE void registers_shrink()

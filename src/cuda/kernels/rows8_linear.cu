@@ -3,15 +3,15 @@
  * by one read.  NUMERICS rule 33
  *
  * A row belongs to a block, which holds it in registers between its statistic and its codes.  Codes in outlier columns stay
- * as they are: the product knows what to do.  Few rows: the blocks are one cluster, which collects the columns in shared
- * memory and writes all flags.  Many rows: flags are set in memory that was cleared before.
+ * as they are: the product knows what to do.  Blocks collect the columns as bits in shared memory.  Few rows: the blocks
+ * are one cluster, which writes all flags and all bits.  Many rows: they are set in memory that was cleared before.
  */
 #include "cuda/kernels/early.cuh"
 #include "cuda/kernels/rows8.cuh"
 
 /* Groups of eight elements that a thread holds, of rows of up to 4096 elements and of longer ones; columns of a mask's
  * word; words of the longest row's mask. */
-enum { THREADS = 256, SHORT_PARTS = 2, PARTS = 8, WORD = 32, MAX_WORDS = (BNB_MAX_K8 + WORD) / WORD };
+enum { THREADS = 256, SHORT_PARTS = 2, PARTS = 8, WORD = 32, MAX_WORDS = BNB_CUDA_MASK_WORDS(BNB_MAX_K8) };
 
 /* ---------------------------------------------------------------- codes */
 
@@ -124,7 +124,7 @@ DEVICE uint4 bytes16(unsigned bits)
 /* Each block has marked the columns of its rows: the flags of all of them together, by the blocks in turn. */
 DEVICE void join8(const struct bnb_cuda_held8 &q, const unsigned *own)
 {
-    const int words = (int)((q.a.cols + WORD - 1) / WORD), size = q.cluster;
+    const int words = (int)BNB_CUDA_MASK_WORDS(q.a.cols), size = q.cluster;
     const bool vector = ((uint64_t)q.a.outlier & 15u) == 0;
     cluster_meet(size);
     for (int w = (int)(blockIdx.x + threadIdx.x * size); w < words; w += THREADS * size) {
@@ -133,6 +133,8 @@ DEVICE void join8(const struct bnb_cuda_held8 &q, const unsigned *own)
         unsigned bits = size == 1 ? own[w] : 0u;
         for (int r = 0; size > 1 && r < size; r++)
             bits |= cluster_word(own + w, r);
+        if (q.mask)
+            q.mask[w] = bits;
         if (vector && left >= WORD) {
             ((uint4 *)flags)[0] = bytes16(bits);
             ((uint4 *)flags)[1] = bytes16(bits >> 16);
@@ -146,13 +148,37 @@ DEVICE void join8(const struct bnb_cuda_held8 &q, const unsigned *own)
 
 #endif
 
+/* The columns of a block among many. */
+DEVICE void add_marks8(const struct bnb_cuda_held8 &q, const unsigned *own)
+{
+    __syncthreads();
+    for (int w = (int)threadIdx.x; w < (int)BNB_CUDA_MASK_WORDS(q.a.cols); w += THREADS) {
+        unsigned bits = own[w];
+        if (bits)
+            atomicOr(q.mask + w, bits);
+        for (; bits; bits &= bits - 1)
+            q.a.outlier[(int64_t)w * WORD + __ffs((int)bits) - 1] = 1; /* other blocks may write the same */
+    }
+}
+
+/* No columns so far. */
+DEVICE void clear_marks8(const struct bnb_cuda_held8 &q, unsigned *own)
+{
+    for (int w = (int)threadIdx.x; w < (int)BNB_CUDA_MASK_WORDS(q.a.cols); w += THREADS)
+        own[w] = 0;
+    __syncthreads();
+}
+
 /* Before many rows: no flags. */
 extern "C" __global__ void __launch_bounds__(256) bnb_k_linear8_clean(const struct bnb_cuda_held8 q)
 {
     wait_for_launch_before();
     let_next_launch_come();
-    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < q.a.cols; i += (int64_t)gridDim.x * THREADS)
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < q.a.cols; i += (int64_t)gridDim.x * THREADS) {
         q.a.outlier[i] = 0;
+        if (i < BNB_CUDA_MASK_WORDS(q.a.cols))
+            q.mask[i] = 0;
+    }
 }
 
 #if BNB_HAS_DTYPE(BNB_CUDA_F32)

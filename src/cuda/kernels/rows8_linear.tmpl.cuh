@@ -4,9 +4,9 @@
  * In: T, NAME.  Source: Dettmers et al. 2022, "LLM.int8()", section 3.
  */
 
-/* One row, by a block.  Of a row longer than HELD * 2048 elements, the rest is read twice.  Flags are written, and memory is
- * written that others may have read, when the launch before is done; the row is on its way by then.  COLUMNS: top is kept,
- * the largest of the columns that a thread holds. */
+/* One row, by a block.  Of a row longer than HELD * 2048 elements, the rest is read twice.  Memory is written that others may
+ * have read when the launch before is done; the row is on its way by then, and before the next launch comes, whose own
+ * loads would keep it waiting.  COLUMNS: top is kept, the largest of the columns that a thread holds. */
 template <int HELD, bool COLUMNS>
 DEVICE void NAME(held8_row)(const struct bnb_cuda_held8 &q, int64_t row, const struct marks8 &marks,
                             unsigned (&top)[HELD][8], unsigned partial[THREADS / 32])
@@ -23,6 +23,7 @@ DEVICE void NAME(held8_row)(const struct bnb_cuda_held8 &q, int64_t row, const s
         if (first + i * THREADS * 8 < q.a.cols)
             raw[i] = raw8_load(x + first + i * THREADS * 8, count8(q.a.cols, first + i * THREADS * 8), q.vector);
     wait_for_launch_before();
+    let_next_launch_come();
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         if (first + i * THREADS * 8 >= q.a.cols)
@@ -68,14 +69,17 @@ DEVICE void NAME(held8_row)(const struct bnb_cuda_held8 &q, int64_t row, const s
 
 template <int HELD, bool COLUMNS> DEVICE void NAME(held8_rows)(const struct bnb_cuda_held8 &q)
 {
-    __shared__ unsigned partial[THREADS / 32];
-    const struct marks8 marks = marks8_of(q.a, nullptr);
+    __shared__ unsigned own[MAX_WORDS], partial[THREADS / 32];
+    const struct marks8 marks = marks8_of(q.a, q.mask ? own : nullptr);
     unsigned top[HELD][8] = {};
-    if (!q.a.outlier) /* else flags were cleared by the launch before, which waited for what made x */
+    if (q.mask)
+        clear_marks8(q, own);
+    else /* or the launch before cleared flags, and has waited for what made x */
         wait_for_launch_before();
-    let_next_launch_come();
     for (int64_t row = blockIdx.x; row < q.a.rows; row += gridDim.x)
         NAME(held8_row)<HELD, COLUMNS>(q, row, marks, top, partial);
+    if (q.mask)
+        add_marks8(q, own);
 #pragma unroll
     for (int i = 0; COLUMNS && i < HELD * 8; i++) {
         const int64_t column = threadIdx.x * 8 + i / 8 * THREADS * 8 + i % 8;
@@ -108,10 +112,7 @@ extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_cluster)(co
     const struct marks8 marks = marks8_of(q.a, own);
     unsigned top[PARTS][8];
     wait_for_launch_before();
-    let_next_launch_come();
-    for (int64_t w = threadIdx.x; w < (q.a.cols + WORD - 1) / WORD; w += THREADS)
-        own[w] = 0;
-    __syncthreads();
+    clear_marks8(q, own);
     for (int64_t row = blockIdx.x; row < q.a.rows; row += q.cluster)
         NAME(held8_row)<PARTS, false>(q, row, marks, top, partial);
     join8(q, own);

@@ -14,8 +14,8 @@
 enum { TILE8_ROWS = 128, TILE8_DEPTH = 128, TILE8_WORKERS = 256, TILE8_THREADS = 384 };
 
 /* Outlier columns that are multiplied at a time; bytes of a warp's two blocks on their way out, and of the numbers of
- * columns. */
-enum { TILE8_COLUMNS = 16, TILE8_TURN = 512, TILE8_NUMBERS = 256 };
+ * columns: 16 for each of three warps, 64 of the list, four sums. */
+enum { TILE8_COLUMNS = 16, TILE8_TURN = 512, TILE8_NUMBERS = 4 * (3 * 16 + 64 + 4) };
 
 /* Blocks of threads of a tile with few tokens: they share its sum. */
 enum { TILE8_MAX_SPLIT = 8 };
@@ -40,7 +40,7 @@ BNB_EITHER_DEVICE int bnb_tile8_codes(int tokens, int row, int t) { return token
 enum {
     TILE8_WIDE_STAGES = 4,
     TILE8_WIDE_CHUNKS = 2,
-    TILE8_NARROW_CHUNKS = 2,
+    TILE8_NARROW_CHUNKS = 4,
     TILE8_STAGES_8 = 5,
     TILE8_STAGES_16 = 5,
     TILE8_STAGES_32 = 4,
