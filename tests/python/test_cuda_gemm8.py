@@ -141,6 +141,33 @@ def test_layers_product(plan, planned, dtype, outliers):
 
 
 @every_plan
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_counts_of_outlier_columns(plan, planned, dtype):
+    """Around what is multiplied at a time, 16, and what is brought before the sum is done, 32 or 64."""
+    m, n, k = 70, 200, 2064
+    weight, scale = codes(n, k, seed=1), scales(n)
+    for columns in (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 300):
+        x = normal(m, k, dtype=dtype, seed=columns)
+        x = with_outliers(x, columns, columns) if columns else x
+        got, flags = OPS._linear_int8(x, weight, scale, None, 6.0)
+        assert int(flags.sum()) == columns
+        close(got, *reference(x, weight, scale, None, 6.0))
+        check_same(OPS._linear_int8(x, weight, scale, None, 6.0)[0], got, columns)
+
+
+@every_plan
+def test_outliers_at_the_edges_of_steps(plan, planned):
+    """The first and the last column of each block's part of the sum, and all of one step."""
+    m, n, k = 9, 136, 2048
+    weight, scale = codes(n, k, seed=1), scales(n)
+    for columns in ([0, 127, 128, 255, 256, 1023, 1024, 2047], list(range(896, 1024)), list(range(1984, 2048))):
+        x = normal(m, k, dtype=torch.bfloat16)
+        x[:, columns] = normal(m, len(columns), dtype=torch.bfloat16, seed=4) + 20
+        got, _ = OPS._linear_int8(x, weight, scale, None, 6.0)
+        close(got, *reference(x, weight, scale, None, 6.0))
+
+
+@every_plan
 def test_a_list_of_columns(plan, planned):
     """The public operator takes the list that the quantiser gave."""
     for m, n, k in SHAPES:
