@@ -292,6 +292,10 @@ BNB_API bnb_status bnb_quantize_rows(const bnb_exec *ex, const bnb_matrix *x, do
 BNB_API bnb_status bnb_quantize_columns(const bnb_exec *ex, const bnb_matrix *x, double threshold, int8_t *codes,
                                         float *stats);
 
+/* bnb_quantize_both() - the two above in one call; by row and by column, codes [rows, cols] and stats [rows], [cols] */
+BNB_API bnb_status bnb_quantize_both(const bnb_exec *ex, const bnb_matrix *x, double threshold, int8_t *codes[2],
+                                     float *stats[2], uint8_t *outlier);
+
 /* bnb_dequantize_rows() - out [rows, cols] = codes * stats / 127, f32, f16 or bf16 */
 BNB_API bnb_status bnb_dequantize_rows(const bnb_exec *ex, const int8_t *codes, const float *stats, int64_t rows,
                                        int64_t cols, void *out, bnb_dtype dtype);
@@ -334,6 +338,11 @@ typedef struct bnb_gemm8_args {
  * The integer part is exact; scales, bias and outliers are f32; the result is rounded once.  LLM.int8(), section 3.2.
  */
 BNB_API bnb_status bnb_gemm8(const bnb_exec *ex, const bnb_gemm8_args *args);
+
+/* bnb_linear8() - bnb_quantize_rows(x, threshold), then bnb_gemm8() with its results: a layer in one call.  Uses x, b,
+ * col_stats, bias, out, m, n, k, dtype, bias_dtype; outlier [k] is written, NULL if threshold is 0.  On a GPU nothing waits
+ * for the host (NUMERICS rule 34); workspace is m k bytes and some.  Returns what these return, and BNB_ENOMEM. */
+BNB_API bnb_status bnb_linear8(const bnb_exec *ex, const bnb_gemm8_args *args, double threshold, uint8_t *outlier);
 
 /* bnb_gather_columns() - out [x->rows, count] of x's dtype = x[:, columns]; every column is in 0..x->cols - 1, unchecked */
 BNB_API bnb_status bnb_gather_columns(const bnb_exec *ex, const bnb_matrix *x, const int64_t *columns, int64_t count,

@@ -17,7 +17,7 @@ KERNEL = (
     "core/rules.h",
     "core/scale.h",
 )
-SHARED = (*KERNEL, "core/internal.h")
+SHARED = (*KERNEL, "core/internal.h", "core/plan_gemm8.h")
 
 # The first row whose folder holds the file decides.
 ROWS = (

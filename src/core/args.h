@@ -154,6 +154,19 @@ struct bnb_gemm8_block {
     int grad;
 };
 
+/* A layer: outlier [k] is written, NULL where threshold is 0. */
+struct bnb_linear8_block {
+    const void *x;
+    const int8_t *b;
+    const float *col_stats;
+    const void *bias;
+    int bias_dtype;
+    uint8_t *outlier;
+    void *out;
+    int64_t m, n, k;
+    float threshold;
+};
+
 /* x [rows, cols] -> int8 codes; stats per row, or per column where by_column.  outlier [cols] or NULL. */
 struct bnb_rows_args {
     const void *x;

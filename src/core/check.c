@@ -63,3 +63,21 @@ bnb_status bnb_core_check_scales(const char *f, const bnb_scales *s, struct bnb_
     *a = (struct bnb_scale_args){s->absmax, s->code, s->absmax2, s->offset, s->block2};
     return BNB_OK;
 }
+
+bnb_status bnb_core_check_product(const char *f, int64_t m, int64_t n, int64_t k)
+{
+    const struct {
+        const char *name;
+        int64_t value;
+    } size[] = {{"m", m}, {"n", n}, {"k", k}};
+    for (int i = 0; i < 3; i++)
+        if (size[i].value < 0)
+            return bnb_fail(BNB_EINVAL, "%s: %s is %lld, expected 0 or more", f, size[i].name,
+                            (long long)size[i].value);
+    const int64_t pair[3][2] = {{m, n}, {m, k}, {n, k}};
+    for (int i = 0; i < 3; i++)
+        if (pair[i][0] > 0 && pair[i][1] > INT64_MAX / 8 / pair[i][0])
+            return bnb_fail(BNB_EINVAL, "%s: m, n, k are %lld, %lld, %lld, expected a product that fits into memory", f,
+                            (long long)m, (long long)n, (long long)k);
+    return BNB_OK;
+}

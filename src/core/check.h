@@ -22,6 +22,8 @@ bnb_status bnb_core_check_n(const char *function, int64_t n);
 bnb_status bnb_core_check_block(const char *function, int64_t block);
 bnb_status bnb_core_check_block4(const char *function, int64_t block);
 bnb_status bnb_core_check_type4(const char *function, bnb_type4 type);
+/* Sizes of a product, each two of which must fit into memory with elements of eight bytes. */
+bnb_status bnb_core_check_product(const char *function, int64_t m, int64_t n, int64_t k);
 bnb_status bnb_core_check_ptr(const char *function, const char *name, const void *ptr);
 
 /* Plain or nested, complete either way; fills the argument block. */

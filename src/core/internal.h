@@ -34,6 +34,10 @@ struct bnb_device_ops {
                          float *out);
     bnb_status (*gemm4)(const bnb_exec *ex, const struct bnb_gemm4_block *g, bnb_dtype dtype);
     bnb_status (*gemm8)(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype);
+    /* NULL: quantize_rows and gemm8 */
+    bnb_status (*linear8)(const bnb_exec *ex, const struct bnb_linear8_block *l, bnb_dtype dtype);
+    /* by rows, then by columns; NULL: quantize_rows twice */
+    bnb_status (*quantize_both)(const bnb_exec *ex, const struct bnb_rows_args a[2], bnb_dtype dtype);
     bnb_status (*quantize_rows)(const bnb_exec *ex, const struct bnb_rows_args *a, bnb_dtype dtype);
     bnb_status (*dequantize_rows)(const bnb_exec *ex, const struct bnb_derows_args *a, bnb_dtype dtype);
     /* out [rows, count] = x[:, columns]; columns are below x->cols, and count > 0 */

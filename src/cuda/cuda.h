@@ -23,13 +23,29 @@ bnb_status bnb_cuda_expand_scales(const bnb_exec *ex, const struct bnb_scale_arg
 bnb_status bnb_cuda_select(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, const int64_t *rank,
                            int count, float *out);
 
-/* launch_gemm.c, launch_rows.c */
+/* launch_gemm.c, launch_gemm8.c, launch_rows.c, launch_linear8.c */
 bnb_status bnb_cuda_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, bnb_dtype dtype);
 bnb_status bnb_cuda_gemm8(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype);
+bnb_status bnb_cuda_linear8(const bnb_exec *ex, const struct bnb_linear8_block *l, bnb_dtype dtype);
 bnb_status bnb_cuda_quantize_rows(const bnb_exec *ex, const struct bnb_rows_args *a, bnb_dtype dtype);
+bnb_status bnb_cuda_quantize_both(const bnb_exec *ex, const struct bnb_rows_args a[2], bnb_dtype dtype);
 bnb_status bnb_cuda_dequantize_rows(const bnb_exec *ex, const struct bnb_derows_args *a, bnb_dtype dtype);
 bnb_status bnb_cuda_gather_columns(const bnb_exec *ex, const bnb_matrix *x, const int64_t *columns, int64_t count,
                                    void *out);
+
+/* Can rows and codes be moved eight at a time? */
+bool bnb_cuda_rows_aligned(const struct bnb_rows_args *a);
+
+/* The product within a call.  mask: the bits of g->outlier, where this is not NULL.  threshold 0: codes in outlier columns are
+ * 0; else they are what bnb_cuda_hold_rows() made with this one.  early: as in struct bnb_cuda_manner; the launch before
+ * must not have written the weight. */
+bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, const unsigned *mask,
+                             float threshold, bnb_dtype dtype, bool early);
+
+/* A row of activations by a block that holds it; a without flags, or flags that are zero.  Codes in the columns of other
+ * rows' outliers stay.  column_stats: NULL, or zero before, and cols is at most 16384. */
+bnb_status bnb_cuda_hold_rows(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, float *column_stats,
+                              bnb_dtype dtype);
 
 /* launch_optim.c, launch_norms.c */
 bnb_status bnb_cuda_optim_step(const bnb_exec *ex, const bnb_optim_config *config, const bnb_optim_tensor *tensors,

@@ -26,7 +26,7 @@ static bnb_status open_card(struct bnb_cuda_card *card, int ordinal, const char 
 {
     const struct bnb_driver *cu = bnb_cuda_driver(f);
     cu_device device = 0;
-    int count = 0, major = 0, minor = 0;
+    int count = 0, major = 0, minor = 0, version = 0;
     if (!cu)
         return BNB_EDEVICE;
     bnb_status status = bnb_cuda_check(cu, cu->device_count(&count), f, "cuDeviceGetCount");
@@ -48,6 +48,9 @@ static bnb_status open_card(struct bnb_cuda_card *card, int ordinal, const char 
                                 "cuDeviceGetAttribute");
     if (!status)
         status = bnb_cuda_check(cu, cu->primary_retain(&card->context, device), f, "cuDevicePrimaryCtxRetain");
+    if (!status)
+        status = bnb_cuda_check(cu, cu->driver_version(&version), f, "cuDriverGetVersion");
+    card->early = cu->launch_as && version >= 12030 && major >= 9;
     card->cu = cu;
     card->ordinal = ordinal;
     card->capability = 10 * major + minor;
@@ -171,6 +174,9 @@ static bnb_status load_kernel(const struct bnb_cuda_call *c, struct bnb_cuda_ker
     if (!status && kernel->shared > 0) /* beyond 48 KB with what the kernel declares, it has to be asked for */
         status = bnb_cuda_check(cu, cu->function_set(*function, CU_FUNCTION_SHARED_MAX, kernel->shared), c->function,
                                 "cuFuncSetAttribute");
+    if (!status && kernel->special && kernel->shared > 0)
+        status = bnb_cuda_check(cu, cu->function_set(*function, CU_FUNCTION_SHARED_PERCENT, 100), c->function,
+                                "cuFuncSetAttribute");
     cu->capture_mode(&mode);
     return status;
 }
@@ -181,15 +187,18 @@ static bnb_status kernel_on(const struct bnb_cuda_call *c, struct bnb_cuda_kerne
     *function = (cu_function)atomic_load_explicit(loaded, memory_order_acquire);
     if (*function)
         return BNB_OK;
-    int per_sm = 0;
+    int per_sm = 0, own = 1;
     pthread_mutex_lock(&lock);
     bnb_status status = load_kernel(c, kernel, function);
     if (!status)
         status = bnb_cuda_check(c->card->cu,
                                 c->card->cu->occupancy(&per_sm, *function, kernel->threads, (size_t)kernel->shared),
                                 c->function, "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+    if (!status && kernel->special)
+        status = bnb_cuda_check(c->card->cu, c->card->cu->function_attribute(&own, CU_FUNCTION_SHARED_BYTES, *function),
+                                c->function, "cuFuncGetAttribute");
     if (!status) {
-        kernel->on[c->card->ordinal].resident = per_sm > 0 ? per_sm * c->card->sms : c->card->sms;
+        kernel->on[c->card->ordinal].resident = own == 0 ? 0 : per_sm > 0 ? per_sm * c->card->sms : c->card->sms;
         atomic_store_explicit(loaded, (uintptr_t)*function, memory_order_release);
     }
     pthread_mutex_unlock(&lock);
@@ -222,6 +231,42 @@ bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_k
                                 const void *arguments)
 {
     return launch(c, kernel, work, true, arguments);
+}
+
+bnb_status bnb_cuda_resident(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int *blocks)
+{
+    cu_function function = NULL;
+    const bnb_status status = kernel_on(c, kernel, &function);
+    *blocks = status ? 0 : kernel->on[c->card->ordinal].resident;
+    return status;
+}
+
+bnb_status bnb_cuda_launch_as(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
+                              struct bnb_cuda_manner manner, const void *arguments)
+{
+    const struct bnb_driver *cu = c->card->cu;
+    struct cu_launch_attribute attribute[2];
+    cu_function function = NULL;
+    unsigned count = 0;
+    manner.early = manner.early && c->card->early;
+    if (!cu->launch_as || (manner.cluster <= 1 && !manner.early))
+        return launch(c, kernel, grid, false, arguments);
+    const bnb_status status = kernel_on(c, kernel, &function);
+    if (status)
+        return status;
+    if (manner.cluster > 1)
+        attribute[count++] =
+            (struct cu_launch_attribute){CU_LAUNCH_CLUSTER, {.cluster = {(unsigned)manner.cluster, 1, 1}}};
+    if (manner.early)
+        attribute[count++] = (struct cu_launch_attribute){CU_LAUNCH_EARLY, {.early = 1}};
+    const struct cu_launch_config config = {.grid = {(unsigned)grid, 1, 1},
+                                            .block = {(unsigned)kernel->threads, 1, 1},
+                                            .shared_bytes = (unsigned)kernel->shared,
+                                            .stream = c->stream,
+                                            .attributes = attribute,
+                                            .count = count};
+    void *parameters[] = {(void *)(uintptr_t)arguments};
+    return bnb_cuda_check(cu, cu->launch_as(&config, function, parameters, NULL), c->function, kernel->name);
 }
 
 bnb_status bnb_cuda_run(const bnb_exec *ex, const char *function, struct bnb_cuda_kernel *kernel, int64_t work,

@@ -22,6 +22,7 @@ struct bnb_cuda_card {
     int capability; /* 90 for compute capability 9.0 */
     int sms;
     int shared_bytes; /* the most that a kernel can have */
+    bool early;       /* early launches, in graphs too   */
 };
 
 /* One kernel of one image, in static storage. */
@@ -31,20 +32,23 @@ struct bnb_cuda_kernel {
     int dtype;         /* the variant's bnb_dtype, or -1 where there is only one */
     int threads;       /* of a block */
     int shared;        /* bytes of dynamic shared memory of a block; no more than card->shared_bytes */
+    bool special;      /* code for some cards alone, on others it is empty; it has shared memory beside `shared` */
     struct {
         atomic_uintptr_t function; /* its cu_function; 0: not loaded yet */
-        int resident;              /* blocks that the card holds at once */
+        int resident;              /* blocks that the card holds at once; 0: the code is empty */
     } on[BNB_CUDA_CARDS];
 };
 
 /* The three variants of a kernel, by bnb_dtype: an initialiser of struct bnb_cuda_kernel [3]. */
-#define BNB_CUDA_VARIANTS(file, prefix, count)                                          \
-    {                                                                                   \
-        {.image = file, .name = prefix "_f32", .dtype = BNB_F32, .threads = count},     \
-            {.image = file, .name = prefix "_f16", .dtype = BNB_F16, .threads = count}, \
-        {                                                                               \
-            .image = file, .name = prefix "_bf16", .dtype = BNB_BF16, .threads = count  \
-        }                                                                               \
+#define BNB_CUDA_VARIANTS(file, prefix, count) BNB_CUDA_VARIANTS_(file, prefix, count, false)
+#define BNB_CUDA_SPECIAL_VARIANTS(file, prefix, count) BNB_CUDA_VARIANTS_(file, prefix, count, true)
+#define BNB_CUDA_VARIANTS_(file, prefix, count, some)                                                    \
+    {                                                                                                    \
+        {.image = file, .name = prefix "_f32", .dtype = BNB_F32, .threads = count, .special = some},     \
+            {.image = file, .name = prefix "_f16", .dtype = BNB_F16, .threads = count, .special = some}, \
+        {                                                                                                \
+            .image = file, .name = prefix "_bf16", .dtype = BNB_BF16, .threads = count, .special = some  \
+        }                                                                                                \
     }
 
 /* A call in progress. */
@@ -67,6 +71,18 @@ bnb_status bnb_cuda_launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel
 /* The same for a kernel whose blocks walk over the work: one for each of `work` pieces, but no more than run at once. */
 bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t work,
                                 const void *arguments);
+
+/* How a launch differs: blocks of a cluster, 0 or 1 for none; early: it may come to the card before the launch before it is
+ * done, for which the kernel waits by itself.  On drivers without such launches it is a plain one, cluster <= 1 then. */
+struct bnb_cuda_manner {
+    int cluster;
+    bool early;
+};
+bnb_status bnb_cuda_launch_as(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
+                              struct bnb_cuda_manner manner, const void *arguments);
+
+/* Blocks of a kernel that the card holds at once; 0 where a special kernel has no code for it. */
+bnb_status bnb_cuda_resident(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int *blocks);
 
 /* A call that is one such launch. */
 bnb_status bnb_cuda_run(const bnb_exec *ex, const char *function, struct bnb_cuda_kernel *kernel, int64_t work,

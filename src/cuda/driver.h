@@ -9,6 +9,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #include "core/internal.h"
 
@@ -36,10 +37,12 @@ enum {
     CU_DEVICE_CC_MAJOR = 75,
     CU_DEVICE_CC_MINOR = 76,
     CU_DEVICE_L2_BYTES = 38,
+    CU_FUNCTION_SHARED_BYTES = 1, /* static ones */
     CU_FUNCTION_LOCAL_BYTES = 3,
     CU_FUNCTION_PTX_VERSION = 5,
     CU_FUNCTION_BINARY_VERSION = 6,
     CU_FUNCTION_SHARED_MAX = 8,
+    CU_FUNCTION_SHARED_PERCENT = 9, /* of the memory that it has in common with the first-level cache */
     CU_POINTER_MEMORY_TYPE = 2,
     CU_POINTER_ORDINAL = 9,
     CU_MEMORY_HOST = 1,
@@ -48,7 +51,30 @@ enum {
     CU_HOST_MAPPED = 2,
     CU_CAPTURE_RELAXED = 2,
     CU_EVENT_NO_TIMING = 2,
-    CU_STREAM_NON_BLOCKING = 1
+    CU_STREAM_NON_BLOCKING = 1,
+    CU_LAUNCH_CLUSTER = 4,
+    CU_LAUNCH_EARLY = 6, /* "programmatic stream serialization" */
+    CU_MAP_UINT8 = 0,
+    CU_MAP_UINT16 = 1,
+    CU_MAP_SWIZZLE_128 = 3,
+    CU_MAP_PROMOTE_256 = 3
+};
+
+/* CUlaunchAttribute and CUlaunchConfig. */
+struct cu_launch_attribute {
+    int id;
+    union {
+        char size[64];
+        unsigned cluster[3];
+        int early;
+    } value __attribute__((aligned(8)));
+};
+
+struct cu_launch_config {
+    unsigned grid[3], block[3], shared_bytes;
+    cu_stream stream;
+    struct cu_launch_attribute *attributes;
+    unsigned count;
 };
 
 /* X(member, symbol, parameters) */
@@ -93,9 +119,18 @@ enum {
     X(error_name, cuGetErrorName, (cu_result error, const char **name))                                             \
     X(error_text, cuGetErrorString, (cu_result error, const char **text))
 
+/* The same of what drivers before 12.0 have not: these members may be NULL. */
+#define BNB_DRIVER_OPTIONAL_MAP(X)                                                                        \
+    X(launch_as, cuLaunchKernelEx,                                                                        \
+      (const struct cu_launch_config *config, cu_function function, void **parameters, void **extra))     \
+    X(encode_map, cuTensorMapEncodeTiled,                                                                 \
+      (void *map, int type, unsigned rank, void *address, const uint64_t *sizes, const uint64_t *strides, \
+       const unsigned *box, const unsigned *steps, int interleave, int swizzle, int promotion, int beyond))
+
 struct bnb_driver {
 #define X(member, symbol, parameters) cu_result(*member) parameters;
     BNB_DRIVER_MAP(X)
+    BNB_DRIVER_OPTIONAL_MAP(X)
 #undef X
 };
 

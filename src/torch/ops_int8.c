@@ -59,10 +59,10 @@ struct rows8 {
     int64_t rows, width;
 };
 
-static struct rows8 quantize_rows(struct bnb_call *c, struct bnb_tensor *x, double threshold)
+static struct rows8 new_rows(struct bnb_call *c, struct bnb_tensor *x, double threshold)
 {
     struct rows8 q = {.rows = 0};
-    const bnb_dtype dtype = bnb_check_float_tensor(c, x);
+    bnb_check_float_tensor(c, x);
     check_threshold(c, threshold);
     q.width = bnb_row_width(c, x);
     q.rows = bnb_check_rows(c, x, q.width);
@@ -70,13 +70,6 @@ static struct rows8 quantize_rows(struct bnb_call *c, struct bnb_tensor *x, doub
     q.codes = bnb_new_tensor(c, "the codes", bnb_sizes_of(x), torch_dtype(BNB_TORCH_int8));
     q.stats = bnb_new_tensor(c, "the row statistics", bnb_one_size(&q.rows), torch_dtype(BNB_TORCH_float32));
     q.flags = bnb_new_tensor(c, "the outlier flags", bnb_one_size(&flags), torch_dtype(BNB_TORCH_uint8));
-    const void *values = bnb_read(c, x);
-    int8_t *codes = bnb_write(c, &q.codes);
-    float *stats = bnb_write(c, &q.stats);
-    uint8_t *flag = bnb_write(c, &q.flags);
-    if (bnb_call_ok(c))
-        c->status = bnb_quantize_rows(&c->exec, &(bnb_matrix){values, dtype, q.rows, q.width}, threshold, codes, stats,
-                                      threshold > 0.0 ? flag : NULL);
     return q;
 }
 
@@ -88,7 +81,13 @@ void bnb_op_int8_vectorwise_quant(torch_value *stack, uint64_t inputs, uint64_t 
     bnb_call_begin(&c, "int8_vectorwise_quant", stack, inputs, 2);
     struct bnb_tensor a = bnb_take_tensor(&c, "A"), columns = {.present = false};
     const double threshold = bnb_take_float(&c);
-    const struct rows8 q = quantize_rows(&c, &a, threshold);
+    const struct rows8 q = new_rows(&c, &a, threshold);
+    const bnb_matrix x = {bnb_read(&c, &a), bnb_check_float_tensor(&c, &a), q.rows, q.width};
+    int8_t *codes = bnb_write(&c, &q.codes);
+    float *stats = bnb_write(&c, &q.stats);
+    uint8_t *flags = bnb_write(&c, &q.flags);
+    if (bnb_call_ok(&c))
+        c.status = bnb_quantize_rows(&c.exec, &x, threshold, codes, stats, threshold > 0.0 ? flags : NULL);
     if (threshold > 0.0)
         columns = columns_of(&c, &q.flags);
     bnb_give(&c, &q.codes);
@@ -105,18 +104,18 @@ void bnb_op_int8_double_quant(torch_value *stack, uint64_t inputs, uint64_t outp
     bnb_call_begin(&c, "int8_double_quant", stack, inputs, 2);
     struct bnb_tensor a = bnb_take_tensor(&c, "A"), columns = {.present = false};
     const double threshold = bnb_take_float(&c);
-    const struct rows8 q = quantize_rows(&c, &a, threshold);
-    if (threshold > 0.0)
-        columns = columns_of(&c, &q.flags);
-    const bnb_dtype dtype = bnb_check_float_tensor(&c, &a);
+    const struct rows8 q = new_rows(&c, &a, threshold);
     const struct bnb_tensor codes = bnb_new_tensor(&c, "the codes", bnb_sizes_of(&a), torch_dtype(BNB_TORCH_int8));
     const struct bnb_tensor stats =
         bnb_new_tensor(&c, "the column statistics", bnb_one_size(&q.width), torch_dtype(BNB_TORCH_float32));
-    const void *x = bnb_read(&c, &a);
-    int8_t *by_column = bnb_write(&c, &codes);
-    float *scale = bnb_write(&c, &stats);
+    const bnb_matrix x = {bnb_read(&c, &a), bnb_check_float_tensor(&c, &a), q.rows, q.width};
+    int8_t *both[2] = {bnb_write(&c, &q.codes), bnb_write(&c, &codes)};
+    float *scales[2] = {bnb_write(&c, &q.stats), bnb_write(&c, &stats)};
+    uint8_t *flags = bnb_write(&c, &q.flags);
     if (bnb_call_ok(&c))
-        c.status = bnb_quantize_columns(&c.exec, &(bnb_matrix){x, dtype, q.rows, q.width}, threshold, by_column, scale);
+        c.status = bnb_quantize_both(&c.exec, &x, threshold, both, scales, threshold > 0.0 ? flags : NULL);
+    if (threshold > 0.0)
+        columns = columns_of(&c, &q.flags);
     bnb_give(&c, &q.codes);
     bnb_give(&c, &codes);
     bnb_give(&c, &q.stats);
@@ -380,15 +379,31 @@ void bnb_op_linear_int8(torch_value *stack, uint64_t inputs, uint64_t outputs)
     p.k = bnb_call_ok(&c) ? p.weight.sizes[1] : 0;
     p.n = check_weight(&c, &p.weight, p.k);
     p.m = bnb_check_rows(&c, &p.x, p.k);
-    const struct rows8 q = quantize_rows(&c, &p.x, threshold);
-    p.a = q.codes;
-    p.row_stats = q.stats;
-    p.flags = q.flags;
-    if (bnb_call_ok(&c))
+    check_threshold(&c, threshold);
+    check_stats(&c, &p.col_stats, p.n);
+    bnb_check_bias(&c, &p.bias, p.n);
+    const bnb_dtype bias_dtype = p.bias.present ? bnb_check_float_tensor(&c, &p.bias) : BNB_F32;
+    const int64_t width = threshold > 0.0 ? p.k : 0;
+    if (bnb_call_ok(&c)) {
         p.out = bnb_new_rows(&c, "the result", &p.x, p.n, p.x.dtype);
-    multiply(&c, &p, dtype);
+        p.flags = bnb_new_tensor(&c, "the outlier flags", bnb_one_size(&width), torch_dtype(BNB_TORCH_uint8));
+    }
+    const bnb_gemm8_args args = {.size = sizeof args,
+                                 .b = bnb_read(&c, &p.weight),
+                                 .col_stats = bnb_read(&c, &p.col_stats),
+                                 .bias = read_if(&c, &p.bias),
+                                 .x = bnb_read(&c, &p.x),
+                                 .out = bnb_write(&c, &p.out),
+                                 .m = p.m,
+                                 .n = p.n,
+                                 .k = p.k,
+                                 .dtype = dtype,
+                                 .bias_dtype = bias_dtype};
+    uint8_t *outlier = bnb_write(&c, &p.flags);
+    if (bnb_call_ok(&c))
+        c.status = bnb_linear8(&c.exec, &args, threshold, outlier);
     bnb_give(&c, &p.out);
-    bnb_give(&c, &q.flags);
+    bnb_give(&c, &p.flags);
     bnb_call_end(&c);
 }
 

@@ -11,7 +11,7 @@
 #include "check.h"
 #include "support.h"
 
-enum function { GEMM4, GRAD4, MATMUL8, GEMM8, GRAD8, ROWS, COLUMNS, BACK, GATHER, FUNCTIONS };
+enum function { GEMM4, GRAD4, MATMUL8, GEMM8, GRAD8, LAYER8, ROWS, COLUMNS, BOTH, BACK, GATHER, FUNCTIONS };
 
 struct call { /* every argument of every function */
     bnb_exec ex;
@@ -42,8 +42,8 @@ struct row {
 #define AT(kind, member) kind, offsetof(struct call, member)
 
 static const char *const function_name[FUNCTIONS] = {
-    "gemm4",         "gemm4_grad",       "matmul8",         "gemm8",         "gemm8_grad",
-    "quantize_rows", "quantize_columns", "dequantize_rows", "gather_columns"};
+    "gemm4",         "gemm4_grad",       "matmul8",       "gemm8",           "gemm8_grad",    "linear8",
+    "quantize_rows", "quantize_columns", "quantize_both", "dequantize_rows", "gather_columns"};
 
 /* BNB_EDEVICE stands for what a call for absent_card() gives. */
 static const struct row rows[] = {
@@ -115,6 +115,19 @@ static const struct row rows[] = {
     {GRAD8, AT(POINTER, eight.out), 0, BNB_EINVAL, "out", "NULL"},
     {GRAD8, AT(INT64, eight.n), -1, BNB_EINVAL, "n is", "-1"},
     {GRAD8, AT(INT, eight.dtype), 9, BNB_EDTYPE, "dtype", "9"},
+    {LAYER8, AT(INT, ex.device), 1, BNB_EDEVICE, "CUDA", ""},
+    {LAYER8, AT(BOOLEAN, no_args), 0, BNB_EINVAL, "args", "NULL"},
+    {LAYER8, AT(SIZE, eight.size), 3, BNB_EINVAL, "size", "3"},
+    {LAYER8, AT(DOUBLE, threshold), -1.0, BNB_EINVAL, "threshold", "-1"},
+    {LAYER8, AT(POINTER, eight.x), 0, BNB_EINVAL, "x is", "NULL"},
+    {LAYER8, AT(POINTER, eight.b), 0, BNB_EINVAL, "b is", "NULL"},
+    {LAYER8, AT(POINTER, eight.col_stats), 0, BNB_EINVAL, "col_stats", "NULL"},
+    {LAYER8, AT(POINTER, eight.out), 0, BNB_EINVAL, "out", "NULL"},
+    {LAYER8, AT(POINTER, outlier), 0, BNB_EINVAL, "outlier", "NULL"},
+    {LAYER8, AT(INT64, eight.n), -1, BNB_EINVAL, "n is", "-1"},
+    {LAYER8, AT(INT64, eight.k), 131072, BNB_ENOTSUP, "k is", "131072"},
+    {LAYER8, AT(INT, eight.dtype), 5, BNB_EDTYPE, "dtype", "5"},
+    {LAYER8, AT(INT, eight.bias_dtype), 4, BNB_EDTYPE, "bias_dtype", "4"},
     {ROWS, AT(INT, ex.device), 1, BNB_EDEVICE, "CUDA", ""},
     {ROWS, AT(INT, dtype), 3, BNB_EDTYPE, "dtype", "3"},
     {ROWS, AT(INT64, rows), -1, BNB_EINVAL, "rows", "-1"},
@@ -131,6 +144,14 @@ static const struct row rows[] = {
     {COLUMNS, AT(DOUBLE, threshold), -1e-3, BNB_EINVAL, "threshold", "-0.001"},
     {COLUMNS, AT(POINTER, x), 0, BNB_EINVAL, "x is", "NULL"},
     {COLUMNS, AT(POINTER, stats), 0, BNB_EINVAL, "stats", "NULL"},
+    {BOTH, AT(INT, ex.device), 1, BNB_EDEVICE, "CUDA", ""},
+    {BOTH, AT(INT64, rows), -2, BNB_EINVAL, "rows", "-2"},
+    {BOTH, AT(DOUBLE, threshold), -2.0, BNB_EINVAL, "threshold", "-2"},
+    {BOTH, AT(POINTER, x), 0, BNB_EINVAL, "x is", "NULL"},
+    {BOTH, AT(POINTER, codes), 0, BNB_EINVAL, "codes", "NULL"},
+    {BOTH, AT(POINTER, stats), 0, BNB_EINVAL, "stats", "NULL"},
+    {BOTH, AT(POINTER, sums), 0, BNB_EINVAL, "stats", "NULL"},
+    {BOTH, AT(POINTER, outlier), 0, BNB_EINVAL, "outlier", "NULL"},
     {BACK, AT(INT, dtype), 3, BNB_EDTYPE, "dtype", "3"},
     {BACK, AT(INT64, rows), -1, BNB_EINVAL, "rows", "-1"},
     {BACK, AT(INT64, rows), 0x1p62, BNB_EINVAL, "rows", "4611686018427387904"},
@@ -163,6 +184,11 @@ static bnb_status run(enum function f, struct call *c)
         return bnb_gemm8(&c->ex, eight);
     case GRAD8:
         return bnb_gemm8_grad(&c->ex, eight);
+    case LAYER8:
+        return bnb_linear8(&c->ex, eight, c->threshold, c->outlier);
+    case BOTH:
+        return bnb_quantize_both(&c->ex, &(bnb_matrix){c->x, c->dtype, c->rows, c->cols}, c->threshold,
+                                 (int8_t *[]){c->codes, c->out}, (float *[]){c->stats, (float *)c->sums}, c->outlier);
     case ROWS:
         return bnb_quantize_rows(&c->ex, &(bnb_matrix){c->x, c->dtype, c->rows, c->cols}, c->threshold, c->codes,
                                  c->stats, c->outlier);
@@ -226,7 +252,7 @@ static struct call good_call(enum function f, const struct guarded out[OUTPUTS])
     c.four.k = c.eight.k = K;
     c.four.block = 64;
     c.four.type = BNB_NF4;
-    c.eight.bias = f == GEMM8 ? floats : NULL;
+    c.eight.bias = f == GEMM8 || f == LAYER8 ? floats : NULL;
     c.eight.x = floats;
     c.eight.columns = columns;
     c.eight.outliers = 2;
@@ -265,7 +291,8 @@ static void good_calls(const struct guarded out[OUTPUTS])
     const bnb_gemm4_args four = {.size = sizeof four, .n = 5, .k = 5, .block = 64, .type = BNB_FP4};
     CHECK(!bnb_gemm4(NULL, &four) && !bnb_gemm4_grad(NULL, &four), "%s", bnb_detail());
     const bnb_gemm8_args eight = {.size = sizeof eight, .n = 5, .k = 5};
-    CHECK(!bnb_gemm8(NULL, &eight) && !bnb_gemm8_grad(NULL, &eight), "%s", bnb_detail());
+    CHECK(!bnb_gemm8(NULL, &eight) && !bnb_gemm8_grad(NULL, &eight) && !bnb_linear8(NULL, &eight, 0.0, NULL), "%s",
+          bnb_detail());
     CHECK(!bnb_matmul8(NULL, NULL, NULL, 0, 3, 3, NULL), "%s", bnb_detail());
     CHECK(!bnb_quantize_rows(NULL, &(bnb_matrix){NULL, BNB_F16, 0, 0}, 6.0, NULL, NULL, NULL), "%s", bnb_detail());
     CHECK(!bnb_dequantize_rows(NULL, NULL, NULL, 0, 9, NULL, BNB_BF16), "%s", bnb_detail());

@@ -228,7 +228,9 @@ def test_linear_int8(dtype, n, k, threshold):
         check_same(marked, flags, m)
         if not flags.any():
             check_same(got, expected, m)
-        close(got.cpu(), *int8_reference(x, codes, scales, bias, threshold), 2.0**-21)
+        # NUMERICS rule 34: of outlier columns, what the codes leave over is rounded to 16 bits.
+        slack = 2.0**-18 if dtype == torch.bfloat16 and flags.any() else 2.0**-21
+        close(got.cpu(), *int8_reference(x, codes, scales, bias, threshold), slack)
         check_same(OPS._linear_int8(shifted(x), *weight, moved(bias), threshold)[0], got, m)
 
 
@@ -247,8 +249,15 @@ def test_linear_int8_grad(dtype, n, k):
     for m in ROWS:
         grad = normal(m, n, dtype=dtype)
         got = OPS._linear_int8_grad(on_device(grad), on_device(codes), on_device(scales))
-        close(got.cpu(), *product(grad, w.t()), f32_slack(n + 3))
-        check_same(OPS._linear_int8_grad(shifted(grad), on_device(codes), on_device(scales)), got, m)
+        # Tiles on matrix units round the weight to the dtype of the gradient.
+        slack = f32_slack(n + 3) + (0 if dtype == torch.float32 else on_cpu.UNIT[dtype])
+        close(got.cpu(), *product(grad, w.t()), slack)
+        check_same(OPS._linear_int8_grad(on_device(grad), on_device(codes), on_device(scales)), got, m)
+        close(
+            OPS._linear_int8_grad(shifted(grad), on_device(codes), on_device(scales)).cpu(),
+            *product(grad, w.t()),
+            slack,
+        )
 
 
 # ---------------------------------------------------------------- every operator

@@ -5,6 +5,7 @@
  * has the bits of any other device.
  */
 #include "cuda/kernels/gemm_tile.cuh"
+#include "cuda/kernels/rows8.cuh"
 
 /* Depth of a step in words of four codes; a row of them, skewed by 8 for every 4. */
 enum { WORDS = 16 };
@@ -121,6 +122,21 @@ DEVICE float biased8(const struct bnb_gemm8_block &g, int64_t c, float x)
     return g.bias ? __fadd_rn(x, bias8_of(g, c)) : x;
 }
 
+/* The first `count` of eight sums. */
+DEVICE void sums8_of(const int *p, int count, int vector, int sums[8])
+{
+    if (vector && count == 8) {
+        const int4 a = __ldcs((const int4 *)p), b = __ldcs((const int4 *)p + 1);
+        sums[0] = a.x, sums[1] = a.y, sums[2] = a.z, sums[3] = a.w;
+        sums[4] = b.x, sums[5] = b.y, sums[6] = b.z, sums[7] = b.w;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (i < count)
+            sums[i] = p[i];
+}
+
 /* Eight codes of a row as floats; the rest zero. */
 DEVICE void codes8_values(const int8_t *p, int count, int vector, float v[8])
 {
@@ -134,6 +150,12 @@ DEVICE void codes8_values(const int8_t *p, int count, int vector, float v[8])
 #pragma unroll
     for (int i = 0; i < 8; i++)
         v[i] = i < count ? (float)p[i] : 0.0f;
+}
+
+/* What an activation in an outlier column adds beside the sum, in which its code may stand. */
+DEVICE float outlier8_of(const struct bnb_cuda_gemm8 &p, int64_t row, float x)
+{
+    return p.threshold > 0.0f ? rest8_of(x, p.g.row_stats[row], 127.0f / p.g.row_stats[row], p.threshold) : x;
 }
 
 /* How many columns of outliers there are, as the host or the device knows. */

@@ -22,7 +22,7 @@ DEVICE void NAME(gemv8_outliers)(const struct bnb_cuda_gemm8 &p, int64_t row, in
 #pragma unroll
         for (int i = 0; i < M; i++)
             if (i < g.m)
-                sums[i] = __fmaf_rn(value_of((const T *)g.x + i * g.k + column), w, sums[i]);
+                sums[i] = __fmaf_rn(outlier8_of(p, i, value_of((const T *)g.x + i * g.k + column)), w, sums[i]);
     }
 #pragma unroll
     for (int i = 0; i < M; i++)
@@ -89,7 +89,7 @@ DEVICE void NAME(tile_outliers8)(const struct bnb_cuda_gemm8 &p, int64_t row, in
 #pragma unroll
         for (int e = 0; e < 8; e++) {
             const int64_t o = l + bring_depth() + e, c = o < count ? g.columns[o] : 0;
-            x[e] = o < count && i < g.m ? value_of((const T *)g.x + i * g.k + c) : 0.0f;
+            x[e] = o < count && i < g.m ? outlier8_of(p, i, value_of((const T *)g.x + i * g.k + c)) : 0.0f;
             w[e] = o < count && n < g.n ? (float)g.b[n * g.k + c] * scale : 0.0f;
         }
         tile_put_row(rows, x);
@@ -134,6 +134,25 @@ extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_gemm8)(const struct
     const int64_t count = outliers8_of(p);
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x)
         NAME(gemm8_tile)(p, t / across * TILE, t % across * TILE, count, rows, columns);
+}
+
+/* Known sums under their scales: eight of a row for each thread. */
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_scale8)(const struct bnb_cuda_gemm8 p)
+{
+    const struct bnb_gemm8_block &g = p.g;
+    const int64_t groups = (g.n + 7) / 8, work = g.m * groups;
+    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < work; i += (int64_t)gridDim.x * 256) {
+        const int64_t r = i / groups, c = (i - r * groups) * 8;
+        const int count = count8(g.n, c);
+        int sums[8] = {};
+        float v[8];
+        sums8_of(g.product + r * g.n + c, count, p.vector, sums);
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            v[e] = e < count ? biased8(g, c + e, scaled8(g, r, sums[e], g.col_stats[c + e] / 16129.0f, false, 0.0f))
+                             : 0.0f;
+        store8_some((T *)g.out + r * g.n + c, count, p.vector, v);
+    }
 }
 
 /* One tile of out [m, k] = x [m, n] W. */

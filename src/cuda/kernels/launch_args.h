@@ -10,6 +10,12 @@
 #include "core/args.h"
 #include "core/optim_plan.h"
 
+#if defined(__CUDACC__)
+#define BNB_CUDA_ALIGN64 __align__(64)
+#else
+#define BNB_CUDA_ALIGN64 _Alignas(64)
+#endif
+
 /* block == 1 << shift, 32..4096. */
 struct bnb_cuda_quant4 {
     struct bnb_quant4_args a;
@@ -155,18 +161,49 @@ struct bnb_cuda_gemm4 {
     int type, shift, whole, vector, store;
 };
 
-/* count: how many columns of outliers there are; NULL: g.outliers.  codes, vector, store: a and b, x, and out can be moved
- * in wide accesses. */
+/* count: how many columns of outliers there are; NULL: g.outliers.  threshold: as below.  codes, vector, store: a and b, x,
+ * and out can be moved in wide accesses. */
 struct bnb_cuda_gemm8 {
     struct bnb_gemm8_block g;
     const int64_t *count;
+    float threshold;
     int codes, vector, store;
 };
 
-/* lanes: threads of a row, 32 or 256. */
+/* What the driver makes of a matrix for bulk copies: cuTensorMapEncodeTiled's CUtensorMap. */
+struct bnb_cuda_map { BNB_CUDA_ALIGN64 uint64_t word[16]; };
+
+/*
+ * A product on matrix units.  dtype: of x and out; store: out can be written in accesses of 16 bytes; the maps are those of
+ * b and a, for kernels that copy in bulk.  threshold 0: the codes in outlier columns are 0; else they stand as that of
+ * the quantiser made them.  mask: bits of the outlier columns, for kernels that copy in bulk, where there are flags.
+ * split: blocks of threads that share the sum of a tile; share: those, of neighbouring tiles, that load the same
+ * activations once; group: rows of tiles of a band.
+ */
+struct bnb_cuda_product8 {
+    struct bnb_cuda_map weight, tokens;
+    struct bnb_gemm8_block g;
+    const unsigned *mask;
+    float threshold;
+    int dtype, store, split, share, group;
+};
+
+/* Words of the bits of k columns, bit c % 32 of word c / 32: whole pieces of 32 bytes. */
+#define BNB_CUDA_MASK_WORDS(k) (((k) + 255) / 256 * 8)
+
 struct bnb_cuda_rows8 {
     struct bnb_rows_args a;
-    int lanes, vector;
+    int vector;
+};
+
+/* Rows that a block holds: as bnb_rows_args, but codes in outlier columns stay.  column_stats [cols] or NULL, zero before.
+ * cluster 0: a.outlier, if there is one, is zero before; else all blocks are one cluster of so many, which writes all.
+ * mask: the flags as bits too, or NULL; what holds for a.outlier holds for it. */
+struct bnb_cuda_held8 {
+    struct bnb_rows_args a;
+    float *column_stats;
+    unsigned *mask;
+    int vector, cluster;
 };
 
 struct bnb_cuda_derows8 {

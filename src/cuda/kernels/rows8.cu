@@ -1,30 +1,10 @@
 /*
  * rows8.cu - LLM.int8()'s quantisers by row and by column, and the inverse, for f32, f16 and bf16: NUMERICS rule 33
- *
- * Magnitudes are compared by their bits, whose order is that of the values, with NaN above all.
  */
-#include "cuda/kernels/device.cuh"
+#include "cuda/kernels/rows8.cuh"
 
-#define INFINITE_BITS 0x7f800000u
-#define NAN_BITS 0x7fc00000u
-
-/* 0: no threshold, under which no element lies at or above it, and infinities alone are not coded. */
-DEVICE bool is_outlier(float magnitude, float threshold) { return threshold > 0.0f && magnitude >= threshold; }
-
-/* What an element adds to the largest magnitude of its row or column. */
-DEVICE unsigned stat_bits(float x, float threshold)
-{
-    const float magnitude = fabsf(x);
-    return magnitude != magnitude ? NAN_BITS : is_outlier(magnitude, threshold) ? 0u : __float_as_uint(magnitude);
-}
-
-/* The code of x under r = 127 / stat. */
-DEVICE int code8_of(float x, float r, float threshold)
-{
-    const float magnitude = fabsf(x);
-    const bool inside = magnitude <= FLOAT_MAX && !is_outlier(magnitude, threshold) && r <= FLOAT_MAX;
-    return inside ? __float2int_rn(x * r) : 0;
-}
+/* Rows of a column that a thread reads. */
+enum { COLUMN_ROWS = 16 };
 
 /* Eight codes as they lie in memory. */
 DEVICE void store_codes8(int8_t *p, int count, int vector, const int c[8])
@@ -43,20 +23,12 @@ DEVICE void store_codes8(int8_t *p, int count, int vector, const int c[8])
             p[i] = (int8_t)c[i];
 }
 
-/* The largest over each aligned group of `lanes` threads, 32 or all 256. */
-DEVICE unsigned largest_bits(unsigned m, int lanes, unsigned partial[8])
+DEVICE void load_codes8(const int8_t *p, int count, int vector, int c[8])
 {
-    for (int o = 16; o > 0; o /= 2)
-        m = max(m, __shfl_xor_sync(0xffffffffu, m, o));
-    if (lanes == 32)
-        return m;
-    __syncthreads(); /* partial was read for the row before */
-    if (threadIdx.x % 32 == 0)
-        partial[threadIdx.x / 32] = m;
-    __syncthreads();
-    for (int w = 0; w < 8; w++)
-        m = max(m, partial[w]);
-    return m;
+    const uint2 w = vector && count == 8 ? __ldcs((const uint2 *)p) : make_uint2(0, 0);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        c[i] = vector && count == 8 ? (int8_t)((i < 4 ? w.x : w.y) >> 8 * (i % 4)) : i < count ? p[i] : 0;
 }
 
 /* When all rows are known: the codes of the columns whose flag is set become 0.  A thread looks at four columns of 64

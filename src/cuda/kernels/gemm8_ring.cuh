@@ -1,0 +1,348 @@
+/*
+ * gemm8_ring.cuh - the loops of the int8 products of compute capability 9.0a: who copies, who gathers, who multiplies
+ *
+ * A block is three warpgroups.  Of the first, one thread copies tiles of both operands into a ring of stages in shared
+ * memory, and three warps bring outlier columns into chunks beside it, while the other two warpgroups, 64 rows of the
+ * weight each, multiply.  A stage is `full` when its bytes have come and `empty` when eight warps have read it, or nine; a
+ * chunk is `ready` when 96 threads have written it and `used` when eight warps have read it.  A barrier's phase has the
+ * parity of how often the ring went round; one that was never waited for counts as empty.
+ *
+ * While tiles stream in, loads from memory wait long behind them.  So the three warps list the columns once, by one read of
+ * their bits, and of the first columns, as many as the chunks have room for, one warp picks the weight's codes out of
+ * the stages as they pass; the other two load the activations.  The columns beyond are loaded by all three, chunk by chunk.
+ */
+#ifndef BNB_CUDA_GEMM8_RING_CUH
+#define BNB_CUDA_GEMM8_RING_CUH
+
+#include "cuda/kernels/gemm8_tile.cuh"
+#include "cuda/kernels/hopper.cuh"
+
+#if BNB_IS_HOPPER
+
+/* Threads that list and gather, from thread 32 of the block on; the first of them that picks; columns of a thread's bits. */
+enum { GATHERERS = 96, PICKER = 64, LISTED = 256 };
+
+/* A place in a ring. */
+struct turn8 {
+    int at;
+    unsigned parity;
+};
+
+template <int LENGTH> DEVICE void advance(struct turn8 &t)
+{
+    if (++t.at == LENGTH)
+        t.at = 0, t.parity ^= 1u;
+}
+
+/* Shared memory of a block: BNB_TILE8_SHARED() bytes, and the barriers. */
+template <int TOKENS, int STAGES, int CHUNKS> struct ring8 {
+    enum { STAGE = BNB_TILE8_STAGE(TOKENS), CHUNK = BNB_TILE8_CHUNK(TOKENS) };
+    char *stages, *chunks, *turned;
+    float *stats;
+    int *taken, *list,
+        *sums; /* columns that each gathering warp has taken; the first of all; how many, and parts of it */
+    uint64_t *full, *empty, *ready, *used, *listed;
+
+    __device__ __forceinline__ ring8(char *dynamic, uint64_t *barriers)
+    {
+        stages = dynamic + (-(int)shared_address(dynamic) & 1023);
+        chunks = stages + STAGES * STAGE;
+        turned = chunks + CHUNKS * CHUNK;
+        stats = (float *)(turned + TILE8_WORKERS / 32 * 2 * TILE8_TURN);
+        taken = (int *)(stats + 2 * TOKENS);
+        list = taken + GATHERERS / 32 * TILE8_COLUMNS;
+        sums = list + 64;
+        full = barriers, empty = full + STAGES, ready = empty + STAGES, used = ready + CHUNKS, listed = used + CHUNKS;
+    }
+
+    /* By one thread; share: blocks that copy into each other's stages; picks: a warp of this block picks from them. */
+    __device__ __forceinline__ void init(int share, bool picks) const
+    {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(full + i, 1);
+            barrier_init(empty + i, TILE8_WORKERS / 32 * share + (picks ? 1 : 0));
+        }
+        barrier_init(listed, GATHERERS);
+        for (int i = 0; i < CHUNKS; i++) {
+            barrier_init(ready + i, GATHERERS);
+            barrier_init(used + i, TILE8_WORKERS / 32);
+        }
+        barrier_init_done();
+    }
+};
+
+/* This thread's warpgroup, as a number that the compiler knows to be the warp's. */
+DEVICE int warpgroup8() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0); }
+
+/* ---------------------------------------------------------------- the thread that copies */
+
+template <class Ring>
+DEVICE void copy_rows8(const struct bnb_cuda_product8 &p, const Ring &ring, int stage, int step, int row)
+{
+    barrier_expect(ring.full + stage, Ring::STAGE);
+    bulk_load(ring.stages + stage * Ring::STAGE, &p.weight, step * TILE8_DEPTH, row, ring.full + stage);
+}
+
+/* Of the tokens, this block's part of what the blocks that share them load. */
+template <int TOKENS, class Ring>
+DEVICE void copy_tokens8(const struct bnb_cuda_product8 &p, const Ring &ring, int stage, int step, int token,
+                         unsigned rank)
+{
+    const int first = (int)rank * (TOKENS / p.share);
+    char *to = ring.stages + stage * Ring::STAGE + (TILE8_ROWS + first) * TILE8_DEPTH;
+    if (p.share == 1)
+        bulk_load(to, &p.tokens, step * TILE8_DEPTH, token, ring.full + stage);
+    else
+        bulk_load_many(to, &p.tokens, step * TILE8_DEPTH, token + first, ring.full + stage, (1u << p.share) - 1);
+}
+
+/* ---------------------------------------------------------------- the warps that list and gather */
+
+/* Barriers of a ring. */
+#define BNB_RING8_BARRIERS(stages, chunks) (2 * (stages) + 2 * (chunks) + 1)
+
+/* Are codes picked?  Not where f32 activations make three chunks of the same columns, nor by a list from the caller, which
+ * may have any order. */
+DEVICE bool picks8(const struct bnb_cuda_product8 &p) { return p.mask && p.dtype != BNB_CUDA_F32; }
+
+/* The columns of this thread's bits, from number `at` of the list on. */
+DEVICE void list_bits8(int *list, int room, int at, int column, const unsigned (&bits)[LISTED / 32])
+{
+#pragma unroll
+    for (int i = 0; i < LISTED / 32; i++)
+        for (unsigned b = bits[i]; b && at < room; b &= b - 1)
+            list[at++] = column + 32 * i + __ffs((int)b) - 1;
+}
+
+/* By all of them: the list, and how many columns there are. */
+template <class Ring> DEVICE int list_mask8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
+{
+    const int thread = (int)threadIdx.x - 32, lane = thread % 32;
+    int total = 0;
+    for (int64_t first = 0; first < p.g.k; first += GATHERERS * LISTED) {
+        const int64_t column = first + thread * LISTED;
+        unsigned bits[LISTED / 32] = {};
+        int count = 0;
+        if (column < p.g.k) {
+            const uint4 *from = (const uint4 *)(p.mask + column / 32);
+            const uint4 a = __ldcg(from), b = __ldcg(from + 1);
+            bits[0] = a.x, bits[1] = a.y, bits[2] = a.z, bits[3] = a.w;
+            bits[4] = b.x, bits[5] = b.y, bits[6] = b.z, bits[7] = b.w;
+        }
+#pragma unroll
+        for (int i = 0; i < LISTED / 32; i++)
+            count += __popc(bits[i]);
+        int end = count;
+#pragma unroll
+        for (int o = 1; o < 32; o *= 2) {
+            const int other = __shfl_up_sync(0xffffffffu, end, o);
+            end += lane >= o ? other : 0;
+        }
+        named_barrier(4, GATHERERS); /* sums were read for the columns before */
+        if (lane == 31)
+            ring.sums[thread / 32] = end;
+        named_barrier(4, GATHERERS);
+        int at = total + end - count;
+#pragma unroll
+        for (int w = 0; w < GATHERERS / 32; w++) {
+            at += w < thread / 32 ? ring.sums[w] : 0;
+            total += ring.sums[w];
+        }
+        list_bits8(ring.list, room, at, (int)column, bits);
+    }
+    return total;
+}
+
+template <class Ring> DEVICE int list8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
+{
+    const int thread = (int)threadIdx.x - 32;
+    int total = (int)p.g.outliers;
+    if (p.mask)
+        total = list_mask8(p, ring, room);
+    else
+        for (int i = thread; i < room && i < total; i += GATHERERS)
+            ring.list[i] = (int)p.g.columns[i];
+    if (thread == 0)
+        ring.sums[GATHERERS / 32] = total;
+    barrier_arrive(ring.listed);
+    named_barrier(4, GATHERERS);
+    return total;
+}
+
+/* By a warp: codes of a column, of all rows of a stage, to this block or to the first `ranks` of the cluster. */
+DEVICE void pick8(const char *stage, int column, char *to, int ranks)
+{
+#pragma unroll
+    for (int i = 0; i < TILE8_ROWS / 32; i++) {
+        const int row = i * 32 + (int)threadIdx.x % 32;
+        const char *from = stage + row * TILE8_DEPTH + (column / 16 ^ (row & 7)) * 16 + column % 16;
+        const unsigned code = *(const unsigned char *)from;
+        char *there = to + bnb_tile8_codes(0, row, 0);
+        if (ranks == 0)
+            *there = (char)code;
+        for (int r = 0; r < ranks; r++)
+            cluster_store(there, (unsigned)r, code);
+    }
+}
+
+/* By the warp that picks: the first `picked` columns of a tile, from `steps` steps of its sum from `step` on.  The
+ * others of the sum's columns are other blocks' work; they are all here when the cluster meets. */
+template <int STAGES, int CHUNKS, class Ring>
+DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ranks, struct turn8 &stage,
+                       struct turn8 chunk)
+{
+    const int codes = Ring::CHUNK - TILE8_ROWS * TILE8_COLUMNS;
+    struct turn8 turn = chunk;
+    for (int i = 0; i < picked; i += TILE8_COLUMNS) {
+        barrier_wait(ring.used + turn.at, turn.parity ^ 1u);
+        advance<CHUNKS>(turn);
+    }
+    int next = 0;
+    while (next < picked && ring.list[next] < step * TILE8_DEPTH)
+        next++;
+    for (int k = step; k < step + steps; k++) {
+        barrier_wait(ring.full + stage.at, stage.parity);
+        for (; next < picked && ring.list[next] < (k + 1) * TILE8_DEPTH; next++)
+            pick8(ring.stages + stage.at * Ring::STAGE, ring.list[next] - k * TILE8_DEPTH,
+                  ring.chunks + (chunk.at + next / TILE8_COLUMNS) % CHUNKS * Ring::CHUNK + codes + next % TILE8_COLUMNS,
+                  ranks);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0)
+            barrier_arrive(ring.empty + stage.at);
+        advance<STAGES>(stage);
+    }
+    for (int i = 0; i < picked; i += TILE8_COLUMNS) {
+        barrier_arrive(ring.ready + chunk.at);
+        advance<CHUNKS>(chunk);
+    }
+}
+
+/* All chunks of one tile with `total` outlier columns, but what is picked. */
+template <int TOKENS, int CHUNKS, class Ring>
+DEVICE void gather8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int total,
+                    struct turn8 &turn)
+{
+    const int thread = (int)threadIdx.x - 32, pieces = pieces8(p), room = CHUNKS * TILE8_COLUMNS;
+    const int picked = picks8(p) ? min(total, room) : 0;
+    int *taken = ring.taken + thread / 32 * TILE8_COLUMNS;
+    struct columns8 columns = {};
+    for (int i = 0; i < total; i += TILE8_COLUMNS) {
+        const int count = min(total - i, (int)TILE8_COLUMNS), threads = i < picked ? PICKER : GATHERERS;
+        const int *numbers = total > room ? taken : ring.list + i;
+        if (total > room)
+            take8(p, columns, taken);
+        for (int piece = 0; piece < pieces; piece++, advance<CHUNKS>(turn)) {
+            char *chunk = ring.chunks + turn.at * Ring::CHUNK;
+            if (thread >= threads)
+                continue;
+            barrier_wait(ring.used + turn.at, turn.parity ^ 1u);
+            fill_tokens8(p, chunk, numbers, count, piece, at, thread, threads);
+            if (i >= picked)
+                fill_rows8<TOKENS>(p, chunk, numbers, count, at, thread, threads);
+            barrier_arrive(ring.ready + turn.at);
+        }
+    }
+}
+
+/* ---------------------------------------------------------------- the warpgroups that multiply */
+
+/* This warp has read a stage. */
+template <class Ring> DEVICE void release8(const Ring &ring, int stage, int share)
+{
+    const int lane = (int)threadIdx.x % 32;
+    if (share > 1 && lane < share)
+        barrier_arrive_at(ring.empty + stage, (unsigned)lane);
+    else if (lane == 0)
+        barrier_arrive(ring.empty + stage);
+}
+
+/* d += the next `steps` steps, one or more; group: 0 or 1, the half of the rows.  A stage is given back when the products
+ * of the one after it have been started and its own are done. */
+template <int STAGES, class Ring, int R>
+DEVICE void sum8(const Ring &ring, int group, int steps, int share, struct turn8 &turn, int (&d)[R])
+{
+    int before = 0;
+    for (int k = 0; k < steps; k++) {
+        const char *stage = ring.stages + turn.at * Ring::STAGE;
+        const uint64_t a = operand_at(stage + group * 64 * TILE8_DEPTH),
+                       b = operand_at(stage + TILE8_ROWS * TILE8_DEPTH);
+        barrier_wait(ring.full + turn.at, turn.parity);
+        wgmma_begin();
+#pragma unroll
+        for (int q = 0; q < TILE8_DEPTH / 32; q++)
+            wgmma8(d, a + 2 * q, b + 2 * q, k > 0 || q > 0);
+        wgmma_commit();
+        if (k > 0) {
+            wgmma_wait<1>();
+            release8(ring, before, share);
+        }
+        before = turn.at;
+        advance<STAGES>(turn);
+    }
+    wgmma_wait<0>();
+    settle(d);
+    release8(ring, before, share);
+}
+
+/* Statistics of the tile's tokens, this warpgroup's copy; a barrier of it before and after. */
+template <int TOKENS> DEVICE void bring_stats8(const struct bnb_gemm8_block &g, float *stats, int64_t token)
+{
+    for (int i = (int)threadIdx.x % 128; i < TOKENS; i += 128)
+        stats[i] = !g.sums && token + i < g.m ? g.row_stats[token + i] : 0.0f;
+}
+
+/* How many outlier columns there are, when it is known. */
+template <class Ring> DEVICE int outliers8(const struct bnb_cuda_product8 &p, const Ring &ring)
+{
+    if (!lists8(p))
+        return 0;
+    barrier_wait(ring.listed, 0);
+    return ring.sums[GATHERERS / 32];
+}
+
+/* This warp has read a chunk. */
+template <int CHUNKS, class Ring> DEVICE void pass_chunk8(const Ring &ring, struct turn8 &turn)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        barrier_arrive(ring.used + turn.at);
+    advance<CHUNKS>(turn);
+}
+
+/* The `total` outlier columns of a tile are added. */
+template <int CHUNKS, class Ring, int R>
+DEVICE void add_outliers8(const struct bnb_cuda_product8 &p, const Ring &ring, int total, struct turn8 &turn,
+                          float (&f)[R])
+{
+    const int warp = (int)threadIdx.x / 32 - 4;
+    for (int i = (total + TILE8_COLUMNS - 1) / TILE8_COLUMNS * pieces8(p); i > 0; i--) {
+        barrier_wait(ring.ready + turn.at, turn.parity);
+        add_chunk8(f, ring.chunks + turn.at * Ring::CHUNK, R * 2, warp * 16, 0, p.dtype == BNB_CUDA_F16);
+        pass_chunk8<CHUNKS>(ring, turn);
+    }
+}
+
+/* The results of a warp from its sums. */
+template <int CHUNKS, class Ring, int R>
+DEVICE void finish_tile8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at,
+                         const float *stats, const struct lane8 &lane, struct turn8 &turn, const int (&d)[R])
+{
+    const int warp = (int)threadIdx.x / 32 - 4;
+    char *buffers = ring.turned + warp * 2 * TILE8_TURN;
+    if (p.g.sums) {
+        store_sums8(p, at, d);
+        return;
+    }
+    const int total = outliers8(p, ring);
+    if (total > 0) {
+        float f[R];
+        begin8(d, f, stats);
+        add_outliers8<CHUNKS>(p, ring, total, turn, f);
+        store8<R>(p, at, buffers, begun8<R>{f, under8(lane, 127.0f)});
+        return;
+    }
+    store8<R>(p, at, buffers, plain8<R>{d, stats, under8(lane, 16129.0f)});
+}
+
+#endif
+#endif

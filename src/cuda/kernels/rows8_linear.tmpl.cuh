@@ -1,0 +1,120 @@
+/*
+ * rows8_linear.tmpl.cuh - the activations of an int8 layer (template: included by rows8_linear.cu once per dtype)
+ *
+ * In: T, NAME.  Source: Dettmers et al. 2022, "LLM.int8()", section 3.
+ */
+
+/* One row, by a block.  Of a row longer than HELD * 2048 elements, the rest is read twice.  Memory is written that others may
+ * have read when the launch before is done; the row is on its way by then, and before the next launch comes, whose own
+ * loads would keep it waiting.  COLUMNS: top is kept, the largest of the columns that a thread holds. */
+template <int HELD, bool COLUMNS>
+DEVICE void NAME(held8_row)(const struct bnb_cuda_held8 &q, int64_t row, const struct marks8 &marks,
+                            unsigned (&top)[HELD][8], unsigned partial[THREADS / 32])
+{
+    const T *x = (const T *)q.a.x + row * q.a.cols;
+    int8_t *codes = q.a.codes + row * q.a.cols;
+    const int64_t held = (int64_t)HELD * THREADS * 8, first = threadIdx.x * 8;
+    struct raw8<T> raw[HELD];
+    unsigned largest = 0, plain = 0;
+    float v[8];
+    bool is_plain;
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+        if (first + i * THREADS * 8 < q.a.cols)
+            raw[i] = raw8_load(x + first + i * THREADS * 8, count8(q.a.cols, first + i * THREADS * 8), q.vector);
+    wait_for_launch_before();
+    let_next_launch_come();
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        if (first + i * THREADS * 8 >= q.a.cols)
+            continue;
+        raw8_values(raw[i], v);
+        largest = max(largest, look8(v, first + i * THREADS * 8, marks, &is_plain));
+        plain |= is_plain ? 1u << i : 0u;
+#pragma unroll
+        for (int e = 0; COLUMNS && e < 8; e++)
+            top[i][e] = max(top[i][e], stat_bits(v[e], marks.threshold));
+    }
+    for (int64_t at = first + held; at < q.a.cols; at += THREADS * 8) {
+        raw8_values(raw8_load(x + at, count8(q.a.cols, at), q.vector), v);
+        largest = max(largest, look8(v, at, marks, &is_plain));
+    }
+
+    largest = warp_max(largest);
+    __syncthreads(); /* partial was read for the row before */
+    if (threadIdx.x % 32 == 0)
+        partial[threadIdx.x / 32] = largest;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < THREADS / 32; w++)
+        largest = max(largest, partial[w]);
+    const float stat = __uint_as_float(largest), r = 127.0f / stat;
+    if (threadIdx.x == 0)
+        q.a.stats[row] = stat;
+    if (!(r <= FLOAT_MAX))
+        plain = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int64_t at = first + i * THREADS * 8;
+        if (at >= q.a.cols)
+            continue;
+        raw8_values(raw[i], v);
+        store_eight(codes + at, count8(q.a.cols, at), q.vector, codes8_of(v, r, marks.threshold, plain >> i & 1u));
+    }
+    for (int64_t at = first + held; at < q.a.cols; at += THREADS * 8) {
+        raw8_values(raw8_load(x + at, count8(q.a.cols, at), q.vector), v);
+        store_eight(codes + at, count8(q.a.cols, at), q.vector, codes8_of(v, r, marks.threshold, false));
+    }
+}
+
+template <int HELD, bool COLUMNS> DEVICE void NAME(held8_rows)(const struct bnb_cuda_held8 &q)
+{
+    __shared__ unsigned own[MAX_WORDS], partial[THREADS / 32];
+    const struct marks8 marks = marks8_of(q.a, q.mask ? own : nullptr);
+    unsigned top[HELD][8] = {};
+    if (q.mask)
+        clear_marks8(q, own);
+    else /* or the launch before cleared flags, and has waited for what made x */
+        wait_for_launch_before();
+    for (int64_t row = blockIdx.x; row < q.a.rows; row += gridDim.x)
+        NAME(held8_row)<HELD, COLUMNS>(q, row, marks, top, partial);
+    if (q.mask)
+        add_marks8(q, own);
+#pragma unroll
+    for (int i = 0; COLUMNS && i < HELD * 8; i++) {
+        const int64_t column = threadIdx.x * 8 + i / 8 * THREADS * 8 + i % 8;
+        if (column < q.a.cols && top[i / 8][i % 8] > 0)
+            atomicMax((unsigned *)q.column_stats + column, top[i / 8][i % 8]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_rows)(const struct bnb_cuda_held8 q)
+{
+    NAME(held8_rows)<SHORT_PARTS, false>(q);
+}
+
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_long)(const struct bnb_cuda_held8 q)
+{
+    NAME(held8_rows)<PARTS, false>(q);
+}
+
+/* Statistics of rows of up to 16384 elements and of columns, and codes by row. */
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_both8)(const struct bnb_cuda_held8 q)
+{
+    NAME(held8_rows)<PARTS, true>(q);
+}
+
+/* With outliers, by one cluster. */
+extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_cluster)(const struct bnb_cuda_held8 q)
+{
+#if __CUDA_ARCH__ >= 900
+    __shared__ unsigned own[MAX_WORDS], partial[THREADS / 32];
+    const struct marks8 marks = marks8_of(q.a, own);
+    unsigned top[PARTS][8];
+    wait_for_launch_before();
+    clear_marks8(q, own);
+    for (int64_t row = blockIdx.x; row < q.a.rows; row += q.cluster)
+        NAME(held8_row)<PARTS, false>(q, row, marks, top, partial);
+    join8(q, own);
+#endif
+}
