@@ -251,11 +251,18 @@ typedef struct bnb_gemm4_args {
     int64_t block;   /* a power of two, 32..4096                                                */
     bnb_type4 type;  /* BNB_NF4 or BNB_FP4                                                      */
     bnb_dtype dtype; /* of x, bias and out                                                      */
-    bool exact;      /* multiply in f32 throughout.  Else few rows of a 16-bit dtype may be multiplied as 16-bit
-                        integers, relative error below 1e-4: a twentieth of bf16's own rounding; runs of 64
-                        activations all below 2^-96 then count as zero                                   */
+    bool exact;      /* multiply in f32 throughout.  Else, with a 16-bit dtype: on the CPU, few rows may be
+                        multiplied as 16-bit integers, relative error below 1e-4: a twentieth of bf16's own
+                        rounding; runs of 64 activations all below 2^-96 then count as zero.  On CUDA, weights
+                        may be rounded to the dtype (NUMERICS rule 35)                                   */
     const float *values; /* NULL, or the 16 values of the codes, on ex's device: type is not read then.  On the CPU
                             they must be those of NF4 or FP4; on CUDA they may be any, and are not looked at     */
+    /* NULL, or the experts of a mixture: W is [experts, n, k], bias [experts, n], and expert e multiplies the rows
+       first[e] .. first[e + 1] - 1 of x into those of out.  first [experts + 1] is device memory, ascends and stays
+       within 0 .. m; rows of no expert are left as they are.  BNB_ENOTSUP: the CPU, f32, `exact`, values, and what
+       the fast kernels cannot take (docs/KERNELS.md)                                                            */
+    const int64_t *first;
+    int64_t experts; /* 1 or more where `first` is given                                          */
 } bnb_gemm4_args;
 
 /*

@@ -37,6 +37,9 @@ static bnb_status check_gemm4(const char *f, const bnb_gemm4_args *g, struct bnb
     BNB_CHECK(bnb_core_check_block4(f, g->block));
     if (!g->values)
         BNB_CHECK(bnb_core_check_type4(f, g->type));
+    if (g->first && (g->experts < 1 || (g->n > 0 && g->k > 0 && g->experts > INT64_MAX / 8 / g->n / g->k)))
+        return bnb_fail(BNB_EINVAL, "%s: experts is %lld, expected 1 or more, and a weight that fits into memory", f,
+                        (long long)g->experts);
     if (grad && g->bias)
         return bnb_fail(BNB_EINVAL, "%s: bias is given, expected NULL: it has no part in the gradient of the input", f);
     *b = (struct bnb_gemm4_block){.x = g->x,
@@ -49,7 +52,9 @@ static bnb_status check_gemm4(const char *f, const bnb_gemm4_args *g, struct bnb
                                   .block = g->block,
                                   .code = g->values ? NULL : bnb_map4(g->type),
                                   .grad = grad,
-                                  .exact = g->exact || g->dtype == BNB_F32};
+                                  .exact = g->exact || g->dtype == BNB_F32,
+                                  .first = g->first,
+                                  .experts = g->experts};
     const int64_t inner = grad ? g->n : g->k, outer = grad ? g->k : g->n;
     if (g->m == 0 || outer == 0)
         return BNB_OK;
@@ -87,6 +92,8 @@ static bnb_status run_gemm4(const bnb_exec *ex, const bnb_gemm4_args *g, bool gr
         BNB_CHECK(set_values(f, ex, g->values, &b));
     if (g->m == 0 || (grad ? g->k : g->n) == 0)
         return BNB_OK;
+    if (g->first && (!ex || ex->device == BNB_CPU))
+        return bnb_fail(BNB_ENOTSUP, "%s: first is given, expected NULL: experts are multiplied on CUDA alone", f);
     BNB_CHECK(bnb_core_check_member(f, device->gemm4 != NULL));
     return device->gemm4(ex, &b, g->dtype);
 }

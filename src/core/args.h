@@ -119,6 +119,8 @@ struct bnb_gemm4_block {
     struct bnb_scale_args scale;
     int grad;
     int exact;
+    const int64_t *first; /* [experts + 1], on CUDA: bnb_gemm4_args says what; NULL: one weight */
+    int64_t experts;
 };
 
 /*

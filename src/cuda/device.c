@@ -152,6 +152,11 @@ static bnb_status load_module(const struct bnb_cuda_call *c, const struct bnb_cu
     return compile_module(c, image, dtype, &loaded[dtype + 1]);
 }
 
+static int most_shared(const struct bnb_cuda_call *c, const struct bnb_cuda_kernel *kernel)
+{
+    return kernel->shared == BNB_CUDA_ALL_SHARED ? c->card->shared_bytes : kernel->shared;
+}
+
 static bnb_status load_kernel(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, cu_function *function)
 {
     const struct bnb_driver *cu = c->card->cu;
@@ -168,9 +173,9 @@ static bnb_status load_kernel(const struct bnb_cuda_call *c, struct bnb_cuda_ker
     if (!status) /* the driver may load lazily: now, not at a launch that is captured */
         status = bnb_cuda_check(cu, cu->function_attribute(&ignored, CU_FUNCTION_LOCAL_BYTES, *function), c->function,
                                 "cuFuncGetAttribute");
-    if (!status && kernel->shared > 0) /* beyond 48 KB with what the kernel declares, it has to be asked for */
-        status = bnb_cuda_check(cu, cu->function_set(*function, CU_FUNCTION_SHARED_MAX, kernel->shared), c->function,
-                                "cuFuncSetAttribute");
+    if (!status && kernel->shared != 0) /* beyond 48 KB with what the kernel declares, it has to be asked for */
+        status = bnb_cuda_check(cu, cu->function_set(*function, CU_FUNCTION_SHARED_MAX, most_shared(c, kernel)),
+                                c->function, "cuFuncSetAttribute");
     cu->capture_mode(&mode);
     return status;
 }
@@ -185,9 +190,9 @@ static bnb_status kernel_on(const struct bnb_cuda_call *c, struct bnb_cuda_kerne
     pthread_mutex_lock(&lock);
     bnb_status status = load_kernel(c, kernel, function);
     if (!status)
-        status = bnb_cuda_check(c->card->cu,
-                                c->card->cu->occupancy(&per_sm, *function, kernel->threads, (size_t)kernel->shared),
-                                c->function, "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+        status = bnb_cuda_check(
+            c->card->cu, c->card->cu->occupancy(&per_sm, *function, kernel->threads, (size_t)most_shared(c, kernel)),
+            c->function, "cuOccupancyMaxActiveBlocksPerMultiprocessor");
     if (!status) {
         kernel->on[c->card->ordinal].resident = per_sm > 0 ? per_sm * c->card->sms : c->card->sms;
         atomic_store_explicit(loaded, (uintptr_t)*function, memory_order_release);
@@ -197,7 +202,7 @@ static bnb_status kernel_on(const struct bnb_cuda_call *c, struct bnb_cuda_kerne
 }
 
 static bnb_status launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid, bool over,
-                         const void *arguments)
+                         int shared, const void *arguments)
 {
     cu_function function = NULL;
     const bnb_status status = kernel_on(c, kernel, &function);
@@ -207,21 +212,27 @@ static bnb_status launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *
     void *parameters[] = {(void *)(uintptr_t)arguments};
     return bnb_cuda_check(c->card->cu,
                           c->card->cu->launch(function, (unsigned)(over && grid > resident ? resident : grid), 1, 1,
-                                              (unsigned)kernel->threads, 1, 1, (unsigned)kernel->shared, c->stream,
-                                              parameters, NULL),
+                                              (unsigned)kernel->threads, 1, 1, (unsigned)shared, c->stream, parameters,
+                                              NULL),
                           c->function, kernel->name);
 }
 
 bnb_status bnb_cuda_launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
                            const void *arguments)
 {
-    return launch(c, kernel, grid, false, arguments);
+    return launch(c, kernel, grid, false, kernel->shared, arguments);
+}
+
+bnb_status bnb_cuda_launch_shared(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
+                                  int shared, const void *arguments)
+{
+    return launch(c, kernel, grid, false, shared, arguments);
 }
 
 bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t work,
                                 const void *arguments)
 {
-    return launch(c, kernel, work, true, arguments);
+    return launch(c, kernel, work, true, kernel->shared, arguments);
 }
 
 bnb_status bnb_cuda_run(const bnb_exec *ex, const char *function, struct bnb_cuda_kernel *kernel, int64_t work,

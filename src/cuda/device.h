@@ -24,13 +24,16 @@ struct bnb_cuda_card {
     int shared_bytes; /* the most that a kernel can have */
 };
 
+/* Of a kernel whose launches ask for different amounts, each no more than card->shared_bytes. */
+enum { BNB_CUDA_ALL_SHARED = -1 };
+
 /* One kernel of one image, in static storage. */
 struct bnb_cuda_kernel {
     const char *image; /* the file of cuda/kernels/ without its ending           */
     const char *name;  /* as the device code exports it                          */
     int dtype;         /* the variant's bnb_dtype, or -1 where there is only one */
     int threads;       /* of a block */
-    int shared;        /* bytes of dynamic shared memory of a block; no more than card->shared_bytes */
+    int shared;        /* bytes of dynamic shared memory of a block; BNB_CUDA_ALL_SHARED: told at a launch   */
     struct {
         atomic_uintptr_t function; /* its cu_function; 0: not loaded yet */
         int resident;              /* blocks that the card holds at once */
@@ -67,6 +70,10 @@ bnb_status bnb_cuda_launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel
 /* The same for a kernel whose blocks walk over the work: one for each of `work` pieces, but no more than run at once. */
 bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t work,
                                 const void *arguments);
+
+/* The first, with `shared` bytes of dynamic shared memory, of a kernel of BNB_CUDA_ALL_SHARED. */
+bnb_status bnb_cuda_launch_shared(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
+                                  int shared, const void *arguments);
 
 /* A call that is one such launch. */
 bnb_status bnb_cuda_run(const bnb_exec *ex, const char *function, struct bnb_cuda_kernel *kernel, int64_t work,

@@ -23,6 +23,12 @@ static bool resolve(void *library, const char *symbol, void *member, size_t size
     return address != NULL;
 }
 
+static void resolve_optional(void *library, const char *symbol, void *member, size_t size)
+{
+    void *address = dlsym(library, symbol);
+    memcpy(member, &address, size);
+}
+
 static void open_driver(void)
 {
     void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
@@ -34,6 +40,9 @@ static void open_driver(void)
     if (!resolve(library, #symbol, &driver.member, sizeof driver.member)) \
         return;
     BNB_DRIVER_MAP(X)
+#undef X
+#define X(member, symbol, parameters) resolve_optional(library, #symbol, &driver.member, sizeof driver.member);
+    BNB_DRIVER_OPTIONAL_MAP(X)
 #undef X
     const cu_result result = driver.init(0);
     if (result) {

@@ -48,7 +48,12 @@ enum {
     CU_HOST_MAPPED = 2,
     CU_CAPTURE_RELAXED = 2,
     CU_EVENT_NO_TIMING = 2,
-    CU_STREAM_NON_BLOCKING = 1
+    CU_STREAM_NON_BLOCKING = 1,
+    CU_MAP_UINT8 = 0,
+    CU_MAP_UINT16 = 1,
+    CU_MAP_SWIZZLE_NONE = 0,
+    CU_MAP_SWIZZLE_128 = 3,
+    CU_MAP_PROMOTE_128 = 2
 };
 
 /* X(member, symbol, parameters) */
@@ -93,9 +98,16 @@ enum {
     X(error_name, cuGetErrorName, (cu_result error, const char **name))                                             \
     X(error_text, cuGetErrorString, (cu_result error, const char **text))
 
+/* The same for symbols that older drivers lack: the member is NULL there. */
+#define BNB_DRIVER_OPTIONAL_MAP(X)                                                                        \
+    X(tensor_map, cuTensorMapEncodeTiled,                                                                 \
+      (void *map, int type, unsigned rank, void *address, const uint64_t *sizes, const uint64_t *strides, \
+       const unsigned *box, const unsigned *element_strides, int interleave, int swizzle, int promotion, int fill))
+
 struct bnb_driver {
 #define X(member, symbol, parameters) cu_result(*member) parameters;
     BNB_DRIVER_MAP(X)
+    BNB_DRIVER_OPTIONAL_MAP(X)
 #undef X
 };
 

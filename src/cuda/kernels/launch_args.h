@@ -155,6 +155,49 @@ struct bnb_cuda_gemm4 {
     int type, shift, whole, vector, store;
 };
 
+/*
+ * The fast products by a 4-bit weight.  The table of pairs holds values times `gain`, chosen so that they round well, and
+ * shrink is 1 / gain.  shift2: of block2, a power of two.  store: out can be written in accesses of 16 bytes.
+ *   first    [experts + 1]: the weight is [experts, n, k], and rows first[e] to first[e + 1] of x and out are expert e's;
+ *            NULL: one weight, and all m rows
+ *   partial  [splits][m][n]: sums of the splits of K, added by another kernel; NULL without splits
+ *   steps    along K, of each split
+ *   few      a block of threads multiplies `bands` bands of rows of the weight; a band's K lies with `slices` warps in
+ *            turn.  depth: steps under way
+ */
+struct bnb_cuda_gemm4_fast {
+    struct bnb_gemm4_block g;
+    const int64_t *first;
+    float *partial;
+    float gain, shrink;
+    int type, shift, shift2, experts, splits, steps, store;
+    int bands, slices, depth;
+};
+
+/* What the driver makes of the shape of a tensor, for copies of its boxes. */
+struct bnb_cuda_map {
+#ifdef __cplusplus
+    alignas(64) unsigned char bytes[128];
+#else
+    _Alignas(64) unsigned char bytes[128];
+#endif
+};
+
+/* Many rows of activations on 9.0; a step is 64 of K, gain that of f16. */
+struct bnb_cuda_gemm4_wide {
+    struct bnb_cuda_map x, codes;
+    struct bnb_cuda_gemm4_fast fast;
+};
+
+/* partial [splits][m][n] + bias -> out [m, n] */
+struct bnb_cuda_gemm4_sum {
+    const float *partial;
+    const void *bias;
+    void *out;
+    int64_t m, n;
+    int splits;
+};
+
 /* count: how many columns of outliers there are; NULL: g.outliers.  codes, vector, store: a and b, x, and out can be moved
  * in wide accesses. */
 struct bnb_cuda_gemm8 {

@@ -1,0 +1,210 @@
+/*
+ * launch_gemm4.c - products with a 4-bit weight on CUDA: what core/plan_gemm4.c chooses, with its arguments
+ *
+ * BNB_GEMM4="wide128,splits,bands,depth" asks for a kernel and how it cuts the work, for measuring; zeros and missing
+ * numbers leave the choice, and what cannot be is passed over.  It is read once.
+ */
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core/plan_gemm4.h"
+#include "cuda/cuda.h"
+
+/* Of the plain kernels: threads of a block, rows of the weight that one takes at a time, the side of a tile, few rows. */
+enum { THREADS = 256, WARPS = 8, TILE = 64, FEW = 8 };
+
+/* Of the wide kernels: threads, and shared memory as gemm4_wide.cuh lays it out. */
+enum { WIDE_THREADS = 384, WIDE_FIXED = 65536 + 2 * 8192 + 1024 + 128, WIDE_CODES = 128 * 32 };
+#define WIDE_SHARED(tokens, ring) (WIDE_FIXED + (ring) * ((tokens) * 128 + WIDE_CODES))
+
+/* As gemm4_tile.cuh lays it out. */
+enum { TILE_THREADS = 256, TILE_SHARED = 8192 + 1024 + 4 * 128 * 64 * 2 + 2 * 128 * 64 / 2 };
+
+/* The two variants of a kernel: f16, bf16; an initialiser of struct bnb_cuda_kernel [BNB_FLOATS], of which [0] is empty. */
+#define HALVES(file, prefix, count, bytes)                                                                         \
+    {                                                                                                              \
+        [BNB_F16] = {.image = file, .name = prefix "_f16", .dtype = BNB_F16, .threads = count, .shared = bytes},   \
+        [BNB_BF16] = {.image = file, .name = prefix "_bf16", .dtype = BNB_BF16, .threads = count, .shared = bytes} \
+    }
+
+static struct bnb_cuda_kernel kernels[BNB_GEMM4_KERNELS][3] = {
+    [BNB_GEMM4_KERNEL_FEW8] = HALVES("gemm4_few", "bnb_k_gemm4_few8", 512, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_FEW16] = HALVES("gemm4_few", "bnb_k_gemm4_few16", 384, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_FEW32] = HALVES("gemm4_few", "bnb_k_gemm4_few32", 256, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_FEW64] = HALVES("gemm4_few", "bnb_k_gemm4_few64", 256, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_WIDE64] = HALVES("gemm4_wide", "bnb_k_gemm4_wide64", WIDE_THREADS, WIDE_SHARED(64, 8)),
+    [BNB_GEMM4_KERNEL_WIDE128] = HALVES("gemm4_wide", "bnb_k_gemm4_wide128", WIDE_THREADS, WIDE_SHARED(128, 6)),
+    [BNB_GEMM4_KERNEL_WIDE256] = HALVES("gemm4_wide", "bnb_k_gemm4_wide256", WIDE_THREADS, WIDE_SHARED(256, 4)),
+    [BNB_GEMM4_KERNEL_TILE] = HALVES("gemm4_tile", "bnb_k_gemm4_tile", TILE_THREADS, TILE_SHARED)};
+static struct bnb_cuda_kernel tile_grad[3] = HALVES("gemm4_tile", "bnb_k_gemm4_tile_grad", TILE_THREADS, TILE_SHARED);
+static struct bnb_cuda_kernel sum[3] = HALVES("gemm4_few", "bnb_k_gemm4_sum", 256, 0);
+
+/* ---------------------------------------------------------------- what was asked for */
+
+static struct bnb_gemm4_wish wish;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void read_wish(void)
+{
+    const char *text = getenv("BNB_GEMM4");
+    const size_t length = text ? strcspn(text, ",") : 0;
+    for (int i = 0; text && i < BNB_GEMM4_KERNELS; i++)
+        if (strlen(bnb_gemm4_kernel_name[i]) == length && strncmp(text, bnb_gemm4_kernel_name[i], length) == 0)
+            wish.kernel = i;
+    int *const numbers[] = {&wish.splits, &wish.bands, &wish.depth};
+    for (int i = 0; text && i < 3; i++) {
+        text = strchr(text, ',');
+        if (text)
+            *numbers[i] = (int)strtol(++text, NULL, 10);
+    }
+}
+
+/* ---------------------------------------------------------------- the plain kernels */
+
+/* 0: the values are memory of the device. */
+static int type_of(const float *code)
+{
+    return code == bnb_map4(BNB_NF4) ? (int)BNB_NF4 : code == bnb_map4(BNB_FP4) ? (int)BNB_FP4 : 0;
+}
+
+static int64_t tiles_of(int64_t m, int64_t n) { return bnb_blocks(m, TILE) * bnb_blocks(n, TILE); }
+
+static bnb_status launch_plain(const struct bnb_cuda_call *c, const struct bnb_gemm4_block *g, bnb_dtype dtype)
+{
+    static struct bnb_cuda_kernel few[] = BNB_CUDA_VARIANTS("gemm4", "bnb_k_gemv4", THREADS);
+    static struct bnb_cuda_kernel many[] = BNB_CUDA_VARIANTS("gemm4", "bnb_k_gemm4", THREADS);
+    static struct bnb_cuda_kernel grad[] = BNB_CUDA_VARIANTS("gemm4", "bnb_k_gemm4_grad", THREADS);
+    const int64_t inner = g->grad ? g->n : g->k, outer = g->grad ? g->k : g->n;
+    struct bnb_cuda_gemm4 p = {*g, type_of(g->code), __builtin_ctzll((unsigned long long)g->block), 0, 0, 0};
+    p.whole = g->k % 8 == 0 && bnb_cuda_aligned(g->codes, 4);
+    p.vector = inner % 8 == 0 && bnb_cuda_aligned(g->x, 16);
+    p.store = outer % 4 == 0 && bnb_cuda_aligned(g->out, 16);
+    if (g->grad)
+        return bnb_cuda_launch_over(c, &grad[dtype], tiles_of(g->m, outer), &p);
+    if (g->m > FEW)
+        return bnb_cuda_launch_over(c, &many[dtype], tiles_of(g->m, outer), &p);
+    p.vector = p.vector && g->k % 32 == 0 && bnb_cuda_aligned(g->codes, 16);
+    return bnb_cuda_launch_over(c, &few[dtype], bnb_blocks(g->n, WARPS), &p);
+}
+
+/* ---------------------------------------------------------------- the fast kernels */
+
+/* What the values of a table are multiplied with so that they round well: the sixteen of NF4 to bf16 with a root mean
+ * square error of 6.3e-4 instead of 1.1e-3 of theirs, to f16 with 6.2e-5 instead of 1.6e-4; those of FP4 exactly. */
+static float gain_of(int type, bool bf16)
+{
+    return type == (int)BNB_FP4 ? 3.0f : bf16 ? 1.4370040893554688f : 1.6776885986328125f;
+}
+
+static struct bnb_cuda_gemm4_fast fast_of(const struct bnb_gemm4_block *g, const struct bnb_gemm4_plan *plan,
+                                          bnb_dtype dtype)
+{
+    struct bnb_cuda_gemm4_fast p = {.g = *g,
+                                    .type = type_of(g->code),
+                                    .first = g->first,
+                                    .experts = g->first ? (int)g->experts : 1,
+                                    .splits = plan->splits,
+                                    .steps = plan->steps,
+                                    .bands = plan->bands,
+                                    .slices = plan->slices,
+                                    .depth = plan->depth};
+    const bool few = plan->kernel <= BNB_GEMM4_KERNEL_FEW64;
+    p.gain = gain_of(p.type, few && dtype == BNB_BF16);
+    p.shrink = 1.0f / p.gain;
+    p.shift = __builtin_ctzll((unsigned long long)g->block);
+    p.shift2 = g->scale.absmax2 ? __builtin_ctzll((unsigned long long)g->scale.block2) : 0;
+    p.store = plan->kernel == BNB_GEMM4_KERNEL_TILE ? (g->grad ? g->k : g->n) % 2 == 0 : g->n % 8 == 0;
+    return p;
+}
+
+static bnb_status make_map(const struct bnb_cuda_call *c, struct bnb_cuda_map *map, int type, const void *data,
+                           const uint64_t sizes[2], const unsigned box[2], int swizzle)
+{
+    const uint64_t stride = sizes[0] << (type == CU_MAP_UINT16);
+    const unsigned ones[2] = {1, 1};
+    return bnb_cuda_check(c->card->cu,
+                          c->card->cu->tensor_map(map, type, 2, (void *)(uintptr_t)data, sizes, &stride, box, ones, 0,
+                                                  swizzle, CU_MAP_PROMOTE_128, 0),
+                          c->function, "cuTensorMapEncodeTiled");
+}
+
+static bnb_status launch_wide(const struct bnb_cuda_call *c, const struct bnb_gemm4_plan *plan,
+                              const struct bnb_cuda_gemm4_fast *fast, struct bnb_cuda_kernel *kernel)
+{
+    struct bnb_cuda_gemm4_wide p = {.fast = *fast};
+    const struct bnb_gemm4_block *g = &fast->g;
+    const unsigned tokens = 64u << (plan->kernel - BNB_GEMM4_KERNEL_WIDE64);
+    const uint64_t x[2] = {(uint64_t)g->k, (uint64_t)g->m};
+    const uint64_t codes[2] = {(uint64_t)g->k / 2, (uint64_t)(g->n * fast->experts)};
+    bnb_status status =
+        make_map(c, &p.x, CU_MAP_UINT16, g->x, x, (const unsigned[2]){64, tokens / 2}, CU_MAP_SWIZZLE_128);
+    if (!status)
+        status =
+            make_map(c, &p.codes, CU_MAP_UINT8, g->codes, codes, (const unsigned[2]){32, 128}, CU_MAP_SWIZZLE_NONE);
+    return status ? status : bnb_cuda_launch(c, kernel, plan->grid, &p);
+}
+
+static bnb_status launch_sum(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm4_fast *p, bnb_dtype dtype)
+{
+    const struct bnb_gemm4_block *g = &p->g;
+    const struct bnb_cuda_gemm4_sum s = {p->partial, g->bias, g->out, g->m, g->n, p->splits};
+    return bnb_cuda_launch_over(c, &sum[dtype], bnb_blocks(g->m * g->n, 256), &s);
+}
+
+static bnb_status launch_fast(const struct bnb_cuda_call *c, const struct bnb_gemm4_block *g,
+                              const struct bnb_gemm4_plan *plan, bnb_dtype dtype)
+{
+    struct bnb_cuda_gemm4_fast p = fast_of(g, plan, dtype);
+    struct bnb_cuda_kernel *kernel = &kernels[plan->kernel][dtype];
+    const size_t bytes = plan->splits > 1 ? (size_t)(plan->splits * g->m * g->n) * sizeof(float) : 0;
+    bnb_status status = BNB_OK;
+    void *memory = NULL;
+    if (bytes > 0)
+        status = bnb_cuda_alloc(c, bytes, &memory);
+    p.partial = memory;
+    if (!status && plan->kernel == BNB_GEMM4_KERNEL_TILE)
+        status = bnb_cuda_launch_over(c, g->grad ? &tile_grad[dtype] : kernel, plan->grid, &p);
+    else if (!status && plan->kernel >= BNB_GEMM4_KERNEL_WIDE64)
+        status = launch_wide(c, plan, &p, kernel);
+    else if (!status)
+        status = bnb_cuda_launch_shared(c, kernel, plan->grid, plan->shared, &p);
+    if (!status && memory)
+        status = launch_sum(c, &p, dtype);
+    bnb_cuda_free(c, memory, bytes);
+    return status;
+}
+
+bnb_status bnb_cuda_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, bnb_dtype dtype)
+{
+    struct bnb_cuda_call c;
+    bnb_status status = bnb_cuda_begin(&c, ex, g->grad ? "gemm4_grad" : "gemm4");
+    if (status || !c.card)
+        return status;
+    pthread_once(&once, read_wish);
+    const int64_t block2 = g->scale.absmax2 ? g->scale.block2 : 1;
+    const struct bnb_gemm4_card card = {c.card->capability, c.card->sms, c.card->shared_bytes,
+                                        c.card->cu->tensor_map != NULL};
+    const struct bnb_gemm4_shape shape = {
+        .m = g->m,
+        .n = g->n,
+        .k = g->k,
+        .experts = g->first ? (int)g->experts : 0,
+        .grad = g->grad,
+        .half = dtype != BNB_F32 && !g->exact && type_of(g->code) > 0 && (block2 & (block2 - 1)) == 0,
+        .aligned = bnb_cuda_aligned(g->x, 16) && bnb_cuda_aligned(g->codes, 16) && bnb_cuda_aligned(g->out, 16)};
+    struct bnb_gemm4_plan plan = {.kernel = BNB_GEMM4_PLAIN};
+    if (g->n > 0 && g->k > 0)
+        plan = bnb_gemm4_plan_of(&shape, &card, &wish);
+    if (plan.kernel != BNB_GEMM4_PLAIN)
+        status = launch_fast(&c, g, &plan, dtype);
+    else if (g->first)
+        status = bnb_fail(BNB_ENOTSUP,
+                          "%s: experts are multiplied in 16-bit dtypes, by rows of multiples of 32 "
+                          "elements, on cards from compute capability 8.0 on",
+                          c.function);
+    else
+        status = launch_plain(&c, g, dtype);
+    bnb_cuda_end(&c);
+    return status;
+}
