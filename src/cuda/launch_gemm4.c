@@ -19,7 +19,7 @@ enum { WIDE_THREADS = 384, WIDE_FIXED = 65536 + 2 * 8192 + 1024 + 128, WIDE_CODE
 #define WIDE_SHARED(tokens, ring) (WIDE_FIXED + (ring) * ((tokens) * 128 + WIDE_CODES))
 
 /* As gemm4_tile.cuh lays it out. */
-enum { TILE_THREADS = 256, TILE_SHARED = 8192 + 1024 + 4 * 128 * 64 * 2 + 2 * 128 * 64 / 2 };
+enum { TILE_THREADS = 256, TILE_SHARED = 8192 + 1024 + 128 + 4 * 128 * 64 * 2 + 2 * 128 * 64 / 2 };
 
 /* The two variants of a kernel: f16, bf16; an initialiser of struct bnb_cuda_kernel [BNB_FLOATS], of which [0] is empty. */
 #define HALVES(file, prefix, count, bytes)                                                                         \

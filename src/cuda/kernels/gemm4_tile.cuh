@@ -22,7 +22,7 @@ enum {
     TILE_CODES = TILE_SIDE * TILE_DEPTH / 2,
     TILE_TABLE = 8192,                       /* the table of pairs for each eighth lane */
     TILE_MAP2_AT = TILE_TABLE,
-    TILE_X_AT = TILE_MAP2_AT + 1024,
+    TILE_X_AT = TILE_MAP2_AT + 1024 + 128, /* the offset of nested scales behind their map */
     TILE_CODES_AT = TILE_X_AT + 2 * TILE_X,
     TILE_WEIGHTS_AT = TILE_CODES_AT + 2 * TILE_CODES,
     TILE_BYTES = TILE_WEIGHTS_AT + 2 * TILE_X
@@ -33,49 +33,66 @@ DEVICE unsigned tile_chunk(int row, int c, int across) { return (unsigned)((row 
 
 struct tile_place {
     struct walk_tile at;
-    int64_t column, inner, outer,
-        base; /* of the result; sizes of the sum and of a row of it; the expert's first element */
+    int column, inner, outer; /* the first of the result; sizes of the sum and of a row of the result */
 };
 
-/* The row of W that this thread decodes 32 weights of in a step, and the first of them. */
-template <bool GRAD> DEVICE void tile_weights(const struct tile_place &t, int64_t l, int64_t *row, int64_t *k)
+/* What this thread brings of the next step. */
+struct tile_source {
+    const unsigned char *x; /* 16 bytes of the first of its four rows */
+    int64_t weight;         /* the first of 32 weights, an element of all codes */
+    int left, weights;      /* elements of the sum that are left from its 16 bytes on, and from its weights on */
+    int rows;               /* of activations, from its first on */
+};
+
+template <typename T, bool GRAD>
+DEVICE struct tile_source tile_source_of(const struct bnb_cuda_gemm4_fast &p, const struct tile_place &t)
 {
     const int thread = (int)threadIdx.x;
-    *row = GRAD ? l + thread / 4 : t.column + thread / 2;
-    *k = GRAD ? t.column + thread % 4 * 32 : l + thread % 2 * 32;
+    struct tile_source s;
+    const int64_t base = t.at.expert * p.g.n * p.g.k;
+    const int token = t.at.token + thread / 8;
+    s.x = (const unsigned char *)((const T *)p.g.x + (int64_t)token * t.inner + thread % 8 * 8);
+    s.left = t.inner - thread % 8 * 8;
+    s.rows = t.at.end - token;
+    const int column = t.column + (GRAD ? thread % 4 * 32 : thread / 2);
+    const int along = GRAD ? thread / 4 : thread % 2 * 32;
+    s.weight = base + (GRAD ? along * p.g.k + column : column * p.g.k + along);
+    s.weights = column < t.outer ? t.inner - along : 0;
+    return s;
 }
 
-/* Copies of one step; *raw: the scale of this thread's weights, zero where there are none. */
+/* Copies of one step, and on to the next; *raw: the scale of this thread's weights. */
 template <typename T, bool GRAD>
-DEVICE void tile_bring(const struct bnb_cuda_gemm4_fast &p, const struct tile_place &t, int64_t l,
-                       unsigned char *memory, int slot, struct scale4 *raw, int *there)
+DEVICE void tile_bring(const struct bnb_cuda_gemm4_fast &p, const struct tile_place &t, struct tile_source *s,
+                       unsigned char *memory, int slot, struct scale4 *raw)
 {
     const int thread = (int)threadIdx.x, c = thread % 8;
-    int64_t row, k;
+    unsigned char *to = memory + TILE_X_AT + slot * TILE_X + tile_chunk(thread / 8, c, 8);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int r = thread / 8 + i * 32;
-        const int64_t token = t.at.token + r, at = l + c * 8;
-        const bool whole = token < t.at.end && at < t.inner;
-        copy16(memory + TILE_X_AT + slot * TILE_X + tile_chunk(r, c, 8),
-               (const T *)p.g.x + (whole ? token * t.inner + at : 0), whole);
+    for (int i = 0; i < 4; i++) { /* rows 32 apart have chunks in the same order */
+        const bool there = i * 32 < s->rows && s->left > 0;
+        copy16(to + i * 32 * 128, there ? s->x + (int64_t)i * 64 * t.inner : (const unsigned char *)p.g.x, there);
     }
-    tile_weights<GRAD>(t, l, &row, &k);
-    *there = row < p.g.n && k < p.g.k;
-    const int64_t at = *there ? t.base + row * p.g.k + k : 0;
-    copy16(memory + TILE_CODES_AT + slot * TILE_CODES + thread * 16, p.g.codes + at / 2, *there);
+    const bool there = s->weights > 0;
+    const int64_t at = there ? s->weight : 0;
+    copy16(memory + TILE_CODES_AT + slot * TILE_CODES + thread * 16, p.g.codes + at / 2, there);
     *raw = scale4_load(p, at);
+    raw->scale = there ? raw->scale : 0.0f; /* a scale may be NaN, which no zero of the other side would stop */
+    s->x += TILE_DEPTH * sizeof(T);
+    s->weight += GRAD ? TILE_DEPTH * p.g.k : TILE_DEPTH;
+    s->left -= TILE_DEPTH;
+    s->weights -= TILE_DEPTH;
 }
 
 /* This thread's 32 weights of a step, which its own copy brought. */
 template <typename T, bool GRAD>
-DEVICE void tile_decode(const struct bnb_cuda_gemm4_fast &p, unsigned char *memory, int slot, struct scale4 raw,
-                        int there, float offset)
+DEVICE void tile_decode(const struct bnb_cuda_gemm4_fast &p, unsigned char *memory, int slot, struct scale4 raw)
 {
     const T *tag = nullptr;
     const int thread = (int)threadIdx.x, row = GRAD ? thread / 4 : thread / 2;
     const int c = GRAD ? thread % 4 * 4 : thread % 2 * 4, across = GRAD ? 16 : 8;
-    const float scale = there ? scale4_value(p, raw, (const float *)(memory + TILE_MAP2_AT), offset) * p.shrink : 0.0f;
+    const float *map2 = (const float *)(memory + TILE_MAP2_AT);
+    const float scale = scale4_value(p, raw, map2, map2[256]) * p.shrink;
     const uint4 codes = *(const uint4 *)(memory + TILE_CODES_AT + slot * TILE_CODES + thread * 16);
     const unsigned word[4] = {codes.x, codes.y, codes.z, codes.w};
     const unsigned char *pairs = memory + thread % 8 * 4;
@@ -124,18 +141,18 @@ DEVICE void tile_products(const unsigned char *x, const unsigned char *weights, 
 
 /* Two neighbours of a row of the result. */
 template <typename T>
-DEVICE void tile_put(const struct bnb_cuda_gemm4_fast &p, const struct tile_place &t, int64_t token, int64_t column,
-                     float a, float b)
+DEVICE void tile_put(const struct bnb_cuda_gemm4_fast &p, const struct tile_place &t, int token, int column, float a,
+                     float b)
 {
     if (token >= t.at.end || column >= t.outer)
         return;
-    const T *bias = (const T *)p.g.bias + t.at.expert * t.outer + column;
+    const T *bias = (const T *)p.g.bias + (int64_t)t.at.expert * t.outer + column;
     const bool two = column + 1 < t.outer;
     if (p.g.bias) {
         a += value_of(bias);
         b += two ? value_of(bias + 1) : 0.0f;
     }
-    T *to = (T *)p.g.out + token * t.outer + column;
+    T *to = (T *)p.g.out + (int64_t)token * t.outer + column;
     if (p.store) {
         *(unsigned *)to = quick_pair(bias, a, b);
         return;
@@ -146,33 +163,32 @@ DEVICE void tile_put(const struct bnb_cuda_gemm4_fast &p, const struct tile_plac
 }
 
 template <typename T, bool GRAD>
-DEVICE void tile_result(const struct bnb_cuda_gemm4_fast &p, const struct tile_place &t, unsigned char *memory,
-                        float offset)
+DEVICE void tile_result(const struct bnb_cuda_gemm4_fast &p, const struct tile_place &t, unsigned char *memory)
 {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    const int steps = (int)((t.inner + TILE_DEPTH - 1) / TILE_DEPTH);
+    const int steps = (t.inner + TILE_DEPTH - 1) / TILE_DEPTH;
+    struct tile_source source = tile_source_of<T, GRAD>(p, t);
     float sums[4][4][4] = {};
     struct scale4 raw;
-    int there;
-    tile_bring<T, GRAD>(p, t, 0, memory, 0, &raw, &there);
+    tile_bring<T, GRAD>(p, t, &source, memory, 0, &raw);
     copies_commit();
     copies_wait<0>();
-    tile_decode<T, GRAD>(p, memory, 0, raw, there, offset);
-    tile_bring<T, GRAD>(p, t, TILE_DEPTH, memory, 1, &raw, &there);
+    tile_decode<T, GRAD>(p, memory, 0, raw);
+    tile_bring<T, GRAD>(p, t, &source, memory, 1, &raw);
     copies_commit();
     __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < steps; i++) {
         tile_products<T, GRAD>(memory + TILE_X_AT + i % 2 * TILE_X, memory + TILE_WEIGHTS_AT + i % 2 * TILE_X, sums);
         copies_wait<0>();
-        tile_decode<T, GRAD>(p, memory, (i + 1) % 2, raw, there, offset);
+        tile_decode<T, GRAD>(p, memory, (i + 1) % 2, raw);
         __syncthreads();
-        tile_bring<T, GRAD>(p, t, (int64_t)(i + 2) * TILE_DEPTH, memory, i % 2, &raw, &there);
+        tile_bring<T, GRAD>(p, t, &source, memory, i % 2, &raw);
         copies_commit();
     }
     copies_wait<0>();
     __syncthreads();
-    const int64_t token = t.at.token + warp / 4 * 64 + lane / 4, column = t.column + warp % 4 * 32 + lane % 4 * 2;
+    const int token = t.at.token + warp / 4 * 64 + lane / 4, column = t.column + warp % 4 * 32 + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -194,17 +210,17 @@ DEVICE void tile_table(const struct bnb_cuda_gemm4_fast &p, unsigned char *pairs
 template <typename T, bool GRAD> DEVICE void tile_product(const struct bnb_cuda_gemm4_fast &p)
 {
     SHARED_MEMORY(memory);
-    struct walk w = {(int64_t)blockIdx.x, 0, 0};
+    struct walk w = {(int)blockIdx.x, 0, 0};
     struct tile_place t;
-    const float offset = p.g.scale.absmax2 ? __ldg(p.g.scale.offset) : 0.0f;
-    t.inner = GRAD ? p.g.n : p.g.k, t.outer = GRAD ? p.g.k : p.g.n;
+    t.inner = (int)(GRAD ? p.g.n : p.g.k), t.outer = (int)(GRAD ? p.g.k : p.g.n);
     tile_table(p, memory);
     map2_fill(p, (float *)(memory + TILE_MAP2_AT));
+    if (p.g.scale.absmax2 && threadIdx.x == 0)
+        ((float *)(memory + TILE_MAP2_AT))[256] = __ldg(p.g.scale.offset);
     __syncthreads();
-    while (walk_next(p, TILE_SIDE, (int)((t.outer + TILE_SIDE - 1) / TILE_SIDE), gridDim.x, &w, &t.at)) {
-        t.column = (int64_t)t.at.column * TILE_SIDE;
-        t.base = t.at.expert * p.g.n * p.g.k;
-        tile_result<T, GRAD>(p, t, memory, offset);
+    while (walk_next(p, TILE_SIDE, (t.outer + TILE_SIDE - 1) / TILE_SIDE, (int)gridDim.x, &w, &t.at)) {
+        t.column = t.at.column * TILE_SIDE;
+        tile_result<T, GRAD>(p, t, memory);
     }
 }
 

@@ -12,42 +12,42 @@
 
 enum { WALK_GROUP = 8 };
 
+/* Sizes fit into int: core/plan_gemm4.c sees to it. */
 struct walk {
-    int64_t next, before; /* the number of the next tile, of the first of this expert */
+    int next, before; /* the number of the next tile, of the first of this expert */
     int expert;
 };
 
 struct walk_tile {
-    int64_t token, end; /* the first row of activations, and the one after the expert's last */
+    int token, end; /* the first row of activations, and the one after the expert's last */
     int expert, column, split;
 };
 
 /* The next tile of `tokens` rows, of an expert that has `columns` tiles across in `splits` parts; then the tile `stride`
  * further is next.  False after the last. */
-DEVICE bool walk_next(const struct bnb_cuda_gemm4_fast &p, int tokens, int columns, int64_t stride, struct walk *w,
+DEVICE bool walk_next(const struct bnb_cuda_gemm4_fast &p, int tokens, int columns, int stride, struct walk *w,
                       struct walk_tile *t)
 {
-    int64_t first = 0, end = p.g.m;
-    int down = 0;
+    int first = 0, end = (int)p.g.m, down = 0;
     for (;; w->expert++) {
         if (w->expert >= p.experts)
             return false;
         if (p.first)
-            first = __ldg(p.first + w->expert), end = __ldg(p.first + w->expert + 1);
-        down = (int)((end - first + tokens - 1) / tokens);
-        const int64_t all = (int64_t)down * columns * p.splits;
+            first = (int)__ldg(p.first + w->expert), end = (int)__ldg(p.first + w->expert + 1);
+        down = (end - first + tokens - 1) / tokens;
+        const int all = down * columns * p.splits;
         if (w->next < w->before + all)
             break;
         w->before += all;
     }
-    int u = (int)(w->next - w->before);
+    int u = w->next - w->before;
     w->next += stride;
     t->split = u % p.splits;
     u /= p.splits;
     const int from = u / (WALK_GROUP * columns) * WALK_GROUP, left = down - from;
     const int size = left < WALK_GROUP ? left : (int)WALK_GROUP;
     u %= WALK_GROUP * columns;
-    t->token = first + (int64_t)(from + u % size) * tokens;
+    t->token = first + (from + u % size) * tokens;
     t->end = end;
     t->column = u / size;
     t->expert = w->expert;

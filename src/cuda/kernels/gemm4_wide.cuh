@@ -45,14 +45,14 @@ struct wide_tile {
 
 DEVICE struct walk wide_start()
 {
-    struct walk w = {(int64_t)(blockIdx.x / 2), 0, 0};
+    struct walk w = {(int)blockIdx.x / 2, 0, 0};
     return w;
 }
 
 /* This cluster's next tile; false after its last. */
 template <int TOKENS> DEVICE bool wide_next(const struct bnb_cuda_gemm4_fast &p, struct walk *w, struct wide_tile *t)
 {
-    if (!walk_next(p, TOKENS, (int)((p.g.n + 255) / 256), gridDim.x / 2, w, &t->at))
+    if (!walk_next(p, TOKENS, (int)((p.g.n + 255) / 256), (int)gridDim.x / 2, w, &t->at))
         return false;
     const int all = (int)(p.g.k / 64), left = all - t->at.split * p.steps;
     t->row = (int64_t)t->at.column * 256 + cluster_rank() * 128;
