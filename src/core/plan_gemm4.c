@@ -12,7 +12,7 @@ const char *const bnb_gemm4_kernel_name[BNB_GEMM4_KERNELS] = {"plain",  "few8", 
 
 /* Of kernels few8, few16, ... */
 static const struct few {
-    int tiles, tokens, width, warps;
+    int tiles, tokens, width, warps, bringers;
 } few[] = {{BNB_GEMM4_FEW8}, {BNB_GEMM4_FEW16}, {BNB_GEMM4_FEW32}, {BNB_GEMM4_FEW64}};
 
 /* Of kernels wide64, ...: rows of activations in a tile, and the time of a step of 64 along K. */
@@ -35,12 +35,21 @@ enum { FEWEST_ROWS = 8 };
 static bool is_few(enum bnb_gemm4_kernel k) { return k >= BNB_GEMM4_KERNEL_FEW8 && k <= BNB_GEMM4_KERNEL_FEW64; }
 static bool is_wide(enum bnb_gemm4_kernel k) { return k >= BNB_GEMM4_KERNEL_WIDE64 && k <= BNB_GEMM4_KERNEL_WIDE256; }
 
-static int few_shared(const struct few *f, const struct bnb_gemm4_plan *p)
+/* A step: codes and scales of every band, activations once for all of them; and all of it as a block has it. */
+static void few_memory(const struct few *f, const struct bnb_gemm4_shape *s, struct bnb_gemm4_plan *p)
 {
-    const int codes = f->tiles * 16 * f->width / 2, x = 8 * f->tokens * f->width * 2;
+    const int rows = p->bands * f->tiles * 16, scales = s->block == 32 ? f->width / 32 : f->width / 64;
     const int sums = p->bands * p->slices * f->tiles * f->tokens * BNB_GEMM4_FEW_SUMS * 4;
-    const int stages = p->depth * p->slices * (p->bands * codes + x);
-    return BNB_GEMM4_FEW_FIXED(f->tiles, f->width, f->warps) + (stages > sums ? stages : sums);
+    p->stage = p->slices * (rows * (f->width / 2 + scales * 4) + (int)s->m * f->width * 2);
+    p->stage = (p->stage + 127) / 128 * 128;
+    p->shared = BNB_GEMM4_FEW_FIXED + (p->depth * p->stage > sums ? p->depth * p->stage : sums);
+}
+
+static bool few_fits(const struct few *f, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
+                     struct bnb_gemm4_plan *p)
+{
+    few_memory(f, s, p);
+    return p->shared <= card->shared_bytes;
 }
 
 bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card)
@@ -57,35 +66,41 @@ bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s
     if (is_wide(kernel))
         return card->capability == 90 && card->tensor_copies;
     const struct few *f = &few[kernel - BNB_GEMM4_KERNEL_FEW8];
-    const struct bnb_gemm4_plan least = {.bands = 1, .slices = 1, .depth = 2};
-    return s->experts == 0 && s->m <= 8 * f->tokens && few_shared(f, &least) <= card->shared_bytes;
+    struct bnb_gemm4_plan least = {.bands = 1, .slices = 1, .depth = 2};
+    return s->experts == 0 && s->m <= 8 * f->tokens && few_fits(f, s, card, &least);
 }
 
 /* ---------------------------------------------------------------- few rows */
 
-/* Bands so that the last wave of blocks is nearly full; then as many warps along K, and steps under way, as there is room. */
+/* Bands so that the last wave of blocks is nearly full: a wave costs its bands, and two more to begin and end. */
+static int choose_bands(const struct few *f, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card)
+{
+    struct bnb_gemm4_plan p = {.slices = 1, .depth = 2};
+    int64_t best = INT64_MAX;
+    int bands = 1;
+    for (p.bands = 1; p.bands <= f->warps && few_fits(f, s, card, &p); p.bands++) {
+        const int64_t waves = bnb_blocks(bnb_blocks(s->n, 16 * f->tiles * p.bands), card->sms);
+        if (waves * (p.bands + 2) < best) {
+            best = waves * (p.bands + 2);
+            bands = p.bands;
+        }
+    }
+    return bands;
+}
+
+/* Then as many warps along K, and steps under way, as there is room for. */
 static struct bnb_gemm4_plan plan_few(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s,
                                       const struct bnb_gemm4_card *card, const struct bnb_gemm4_wish *wish)
 {
     const struct few *f = &few[kernel - BNB_GEMM4_KERNEL_FEW8];
-    const int64_t bands = bnb_blocks(s->n, 16 * f->tiles), units = bnb_blocks(s->k, f->width);
-    struct bnb_gemm4_plan p = {.kernel = kernel, .bands = 1, .splits = 1, .depth = 2, .slices = 1};
-    int64_t best = INT64_MAX;
-    for (int b = 1; b <= f->warps; b++) { /* a wave costs its bands, and two more to begin and end */
-        const int64_t waves = bnb_blocks(bnb_blocks(bands, b), card->sms);
-        p.bands = b;
-        if (waves * (b + 2) < best && few_shared(f, &p) <= card->shared_bytes) {
-            best = waves * (b + 2);
-            p.grid = b;
-        }
-    }
-    p.bands = wish->bands > 0 && wish->bands <= f->warps ? wish->bands : (int)p.grid;
-    const int64_t blocks = bnb_blocks(bands, p.bands);
-    int slices = f->warps / p.bands;
-    while (slices > 1 && slices > units)
-        slices--;
-    for (p.slices = slices; p.slices > 1 && few_shared(f, &p) > card->shared_bytes; p.slices--)
-        ;
+    const int64_t units = bnb_blocks(s->k, f->width);
+    struct bnb_gemm4_plan p = {.kernel = kernel, .bands = wish->bands, .slices = 1, .depth = 2};
+    if (p.bands < 1 || p.bands > f->warps || !few_fits(f, s, card, &p))
+        p.bands = choose_bands(f, s, card);
+    p.slices = f->warps / p.bands < units ? f->warps / p.bands : (int)units;
+    while (p.slices > 1 && !few_fits(f, s, card, &p))
+        p.slices--;
+    const int64_t blocks = bnb_blocks(s->n, 16 * f->tiles * p.bands);
     const int64_t all = bnb_blocks(units, p.slices), room = card->sms / blocks, most = all / FEWEST_STEPS;
     p.splits = (int)(room < most ? room : most);
     if (wish->splits > 0)
@@ -93,13 +108,11 @@ static struct bnb_gemm4_plan plan_few(enum bnb_gemm4_kernel kernel, const struct
     p.splits = p.splits < 1 ? 1 : p.splits > SPLITS_MOST ? SPLITS_MOST : p.splits;
     p.steps = (int)bnb_blocks(all, p.splits);
     p.splits = (int)bnb_blocks(all, p.steps);
-    const int deepest = wish->depth >= 2 && wish->depth <= 4 ? wish->depth : 4;
-    for (p.depth = p.steps < 2             ? 2
-                   : p.steps + 1 < deepest ? p.steps + 1
-                                           : deepest;
-         p.depth > 2 && few_shared(f, &p) > card->shared_bytes; p.depth--)
-        ;
-    p.shared = few_shared(f, &p);
+    p.depth = wish->depth >= 2 && wish->depth < BNB_GEMM4_FEW_DEEPEST ? wish->depth : BNB_GEMM4_FEW_DEEPEST;
+    p.depth = p.depth < p.steps ? p.depth : p.steps;
+    while (p.depth > 1 && !few_fits(f, s, card, &p))
+        p.depth--;
+    few_memory(f, s, &p);
     p.grid = blocks * p.splits;
     return p;
 }

@@ -8,14 +8,15 @@
 #define BNB_CORE_PLAN_GEMM4_H
 
 /* Kernels for few rows of activations: tiles of 16 rows of the weight in a band, tiles of 8 rows of activations, elements of
- * K in a run, warps. */
-#define BNB_GEMM4_FEW8 1, 1, 256, 16
-#define BNB_GEMM4_FEW16 2, 2, 128, 12
-#define BNB_GEMM4_FEW32 2, 4, 128, 8
-#define BNB_GEMM4_FEW64 2, 8, 64, 8
+ * K in a run, warps that multiply, and warps that bring. */
+#define BNB_GEMM4_FEW8 1, 1, 256, 16, 4
+#define BNB_GEMM4_FEW16 2, 2, 128, 12, 4
+#define BNB_GEMM4_FEW32 2, 4, 128, 8, 2
+#define BNB_GEMM4_FEW64 2, 8, 64, 6, 2
 
-/* Shared memory before the steps under way: the table of pairs, a map, two steps of scales of each warp. */
-#define BNB_GEMM4_FEW_FIXED(tiles, width, warps) (65536 + 1024 + (warps) * 2 * (tiles) * 16 * ((width) / 32) * 4)
+/* Steps under way at most, and shared memory before the steps: the table of pairs, a map, barriers. */
+#define BNB_GEMM4_FEW_DEEPEST 8
+#define BNB_GEMM4_FEW_FIXED (65536 + 1024 + 128)
 
 /* Of a tile of sums when warps meet, in floats. */
 #define BNB_GEMM4_FEW_SUMS 160
@@ -50,6 +51,7 @@ struct bnb_gemm4_card {
 struct bnb_gemm4_shape {
     int64_t m, n, k;
     int experts; /* 0: one weight; else m is the sum over them */
+    int block;
     bool grad, half, aligned;
 };
 
@@ -58,9 +60,9 @@ struct bnb_gemm4_wish { int kernel, splits, bands, depth; };
 
 struct bnb_gemm4_plan {
     enum bnb_gemm4_kernel kernel;
-    int bands, slices, splits, steps, depth; /* as struct bnb_cuda_gemm4_fast has them */
-    int shared;                              /* few: bytes of shared memory of a block */
-    int64_t grid;                            /* blocks */
+    int bands, slices, splits, steps, depth, stage; /* as struct bnb_cuda_gemm4_fast has them */
+    int shared;                                     /* few: bytes of shared memory of a block */
+    int64_t grid;                                   /* blocks */
 };
 
 /* Can this kernel multiply this shape on this card? */

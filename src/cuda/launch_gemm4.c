@@ -29,9 +29,9 @@ enum { TILE_THREADS = 256, TILE_SHARED = 8192 + 1024 + 128 + 4 * 128 * 64 * 2 + 
     }
 
 static struct bnb_cuda_kernel kernels[BNB_GEMM4_KERNELS][3] = {
-    [BNB_GEMM4_KERNEL_FEW8] = HALVES("gemm4_few", "bnb_k_gemm4_few8", 512, BNB_CUDA_ALL_SHARED),
-    [BNB_GEMM4_KERNEL_FEW16] = HALVES("gemm4_few", "bnb_k_gemm4_few16", 384, BNB_CUDA_ALL_SHARED),
-    [BNB_GEMM4_KERNEL_FEW32] = HALVES("gemm4_few", "bnb_k_gemm4_few32", 256, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_FEW8] = HALVES("gemm4_few", "bnb_k_gemm4_few8", 640, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_FEW16] = HALVES("gemm4_few", "bnb_k_gemm4_few16", 512, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_FEW32] = HALVES("gemm4_few", "bnb_k_gemm4_few32", 320, BNB_CUDA_ALL_SHARED),
     [BNB_GEMM4_KERNEL_FEW64] = HALVES("gemm4_few", "bnb_k_gemm4_few64", 256, BNB_CUDA_ALL_SHARED),
     [BNB_GEMM4_KERNEL_WIDE64] = HALVES("gemm4_wide", "bnb_k_gemm4_wide64", WIDE_THREADS, WIDE_SHARED(64, 8)),
     [BNB_GEMM4_KERNEL_WIDE128] = HALVES("gemm4_wide", "bnb_k_gemm4_wide128", WIDE_THREADS, WIDE_SHARED(128, 6)),
@@ -101,17 +101,19 @@ static struct bnb_cuda_gemm4_fast fast_of(const struct bnb_gemm4_block *g, const
                                           bnb_dtype dtype)
 {
     struct bnb_cuda_gemm4_fast p = {.g = *g,
-                                    .type = type_of(g->code),
                                     .first = g->first,
                                     .experts = g->first ? (int)g->experts : 1,
                                     .splits = plan->splits,
                                     .steps = plan->steps,
                                     .bands = plan->bands,
                                     .slices = plan->slices,
-                                    .depth = plan->depth};
+                                    .depth = plan->depth,
+                                    .stage = plan->stage};
     const bool few = plan->kernel <= BNB_GEMM4_KERNEL_FEW64;
-    p.gain = gain_of(p.type, few && dtype == BNB_BF16);
-    p.shrink = 1.0f / p.gain;
+    const float gain = gain_of(type_of(g->code), few && dtype == BNB_BF16);
+    p.shrink = 1.0f / gain;
+    for (int i = 0; i < 16; i++)
+        p.values[i] = g->code[i] * gain;
     p.shift = __builtin_ctzll((unsigned long long)g->block);
     p.shift2 = g->scale.absmax2 ? __builtin_ctzll((unsigned long long)g->scale.block2) : 0;
     p.store = plan->kernel == BNB_GEMM4_KERNEL_TILE ? (g->grad ? g->k : g->n) % 2 == 0 : g->n % 8 == 0;
@@ -190,6 +192,7 @@ bnb_status bnb_cuda_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, b
         .n = g->n,
         .k = g->k,
         .experts = g->first ? (int)g->experts : 0,
+        .block = (int)g->block,
         .grad = g->grad,
         .half = dtype != BNB_F32 && !g->exact && type_of(g->code) > 0 && (block2 & (block2 - 1)) == 0,
         .aligned = bnb_cuda_aligned(g->x, 16) && bnb_cuda_aligned(g->codes, 16) && bnb_cuda_aligned(g->out, 16)};

@@ -19,7 +19,7 @@ static const int64_t sides[] = {1, 8, 16, 31, 63, 64, 96, 100, 256, 1000, 1024, 
 /* The numbers of the kernels, typed from src/core/plan_gemm4.h's description of them, not taken from its code. */
 static const struct few {
     int rows, tokens, width, warps;
-} few[] = {{16, 8, 256, 16}, {32, 16, 128, 12}, {32, 32, 128, 8}, {32, 64, 64, 8}};
+} few[] = {{16, 8, 256, 16}, {32, 16, 128, 12}, {32, 32, 128, 8}, {32, 64, 64, 6}};
 
 static int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -28,13 +28,15 @@ static void check_few(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_ca
 {
     const struct few *f = &few[p->kernel - BNB_GEMM4_KERNEL_FEW8];
     const int64_t units = ceil_of(s->k, f->width);
-    const int64_t stage = (int64_t)p->slices * (p->bands * f->rows * f->width / 2 + f->tokens * f->width * 2);
-    const int64_t fixed = 65536 + 1024 + f->warps * 2 * f->rows * (f->width / 32) * 4;
+    const int64_t codes = (int64_t)p->bands * f->rows * f->width / 2, x = s->m * f->width * 2;
+    const int64_t scales = (int64_t)p->bands * f->rows * (f->width / (s->block == 32 ? 32 : 64)) * 4;
+    const int64_t stage = p->slices * (codes + x + scales), fixed = 65536 + 1024 + 128;
     const int64_t sums = p->bands * p->slices * (f->rows / 16) * (f->tokens / 8) * 160 * 4;
     CHECK(s->m <= f->tokens && s->k % 64 == 0, "%s", what);
     CHECK(p->bands >= 1 && p->slices >= 1 && p->bands * p->slices <= f->warps, "%s: %d bands, %d slices", what,
           p->bands, p->slices);
-    CHECK(p->depth >= 2 && p->depth <= 4, "%s: depth %d", what, p->depth);
+    CHECK(p->depth >= 1 && p->depth <= 8 && p->depth <= p->steps, "%s: depth %d", what, p->depth);
+    CHECK(p->stage >= stage && p->stage % 128 == 0, "%s: stage %d, expected %lld", what, p->stage, (long long)stage);
     CHECK(p->shared >= fixed + p->depth * stage && p->shared >= fixed + sums, "%s: shared %d", what, p->shared);
     CHECK(p->shared <= card->shared_bytes, "%s: shared %d", what, p->shared);
     CHECK(p->splits >= 1 && (int64_t)p->splits * p->steps * p->slices >= units, "%s: K is not covered", what);
@@ -88,6 +90,7 @@ static void check_all(const struct bnb_gemm4_card *card)
             s.experts = form / 2 == 1 ? 8 : 0;
             s.half = form != 4;
             s.aligned = form != 5;
+            s.block = 32 << (i + form) % 8;
             check_plan(&s, card, NULL);
             for (int kernel = 0; kernel < BNB_GEMM4_KERNELS; kernel++) {
                 const struct bnb_gemm4_wish wish = {kernel, i % 4, i % 3, i % 6};
@@ -100,7 +103,7 @@ static void check_all(const struct bnb_gemm4_card *card)
 static enum bnb_gemm4_kernel kernel_for(int64_t m, int64_t n, int64_t k, int capability, bool grad)
 {
     const struct bnb_gemm4_card card = {capability, 132, capability == 90 ? 232448 : 166912, true};
-    const struct bnb_gemm4_shape s = {.m = m, .n = n, .k = k, .half = true, .aligned = true, .grad = grad};
+    const struct bnb_gemm4_shape s = {.m = m, .n = n, .k = k, .block = 64, .half = true, .aligned = true, .grad = grad};
     return bnb_gemm4_plan_of(&s, &card, NULL).kernel;
 }
 

@@ -22,16 +22,13 @@ DEVICE unsigned pair_at(const unsigned char *pairs, unsigned codes, unsigned lan
     return *(const unsigned *)(pairs + __byte_perm(codes, lane, selector));
 }
 
-DEVICE float value4(const struct bnb_cuda_gemm4_fast &p, unsigned code)
+/* By `count` threads, this one the `thread`-th; a barrier must follow. */
+template <typename T>
+DEVICE void pairs_fill(const T *tag, const struct bnb_cuda_gemm4_fast &p, unsigned char *pairs, unsigned thread,
+                       unsigned count)
 {
-    return p.type > 0 ? bnb_values4[p.type - 1][code] : __ldg(p.g.code + code);
-}
-
-/* By all threads of the block; a barrier must follow. */
-template <typename T> DEVICE void pairs_fill(const T *tag, const struct bnb_cuda_gemm4_fast &p, unsigned char *pairs)
-{
-    for (unsigned e = threadIdx.x; e < 256; e += blockDim.x) {
-        const unsigned pair = quick_pair(tag, value4(p, e >> 4) * p.gain, value4(p, e & 15) * p.gain);
+    for (unsigned e = thread; e < 256; e += count) {
+        const unsigned pair = quick_pair(tag, p.values[e >> 4], p.values[e & 15]);
 #pragma unroll
         for (unsigned i = 0; i < 8; i++) /* in turn, lest the threads of a warp meet in a bank */
             *(uint4 *)(pairs + e * 256 + (i + e) % 8 * 16) = make_uint4(pair, pair, pair, pair);
@@ -62,22 +59,12 @@ DEVICE float scale4_value(const struct bnb_cuda_gemm4_fast &p, struct scale4 s, 
     return p.g.scale.absmax2 ? __fadd_rn(__fmul_rn(map2[s.code], s.scale), offset) : s.scale;
 }
 
-/* map2 [256] of nested scales, by all threads; a barrier must follow. */
-DEVICE void map2_fill(const struct bnb_cuda_gemm4_fast &p, float *map2)
+/* map2 [256] of nested scales, by `count` threads; a barrier must follow. */
+DEVICE void map2_fill(const struct bnb_cuda_gemm4_fast &p, float *map2, unsigned thread, unsigned count)
 {
     if (p.g.scale.absmax2)
-        for (unsigned i = threadIdx.x; i < 256; i += blockDim.x)
+        for (unsigned i = thread; i < 256; i += count)
             map2[i] = __ldg(p.g.scale.code + i);
-}
-
-/* Eight bytes of codes of rows g and g + 8, as words 0 and 1: the operand of one step of 16. */
-DEVICE void decode_step(const unsigned char *pairs, unsigned top0, unsigned top1, unsigned low0, unsigned low1,
-                        unsigned lane, unsigned selector, unsigned a[4])
-{
-    a[0] = pair_at(pairs, top0, lane, selector);
-    a[1] = pair_at(pairs, low0, lane, selector);
-    a[2] = pair_at(pairs, top1, lane, selector);
-    a[3] = pair_at(pairs, low1, lane, selector);
 }
 
 #endif

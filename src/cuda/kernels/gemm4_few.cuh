@@ -3,9 +3,11 @@
  *
  * Rows of the weight are the operand A of m16n8k16, decoded in registers; activations are B, out is transposed.  A warp
  * keeps the sums of one band of 16 or 32 rows; the warps of a band share K in turn and meet at the end, in fixed order.
- * Codes and activations come by asynchronous copies, `depth` steps ahead; a step is `slices` runs of KW elements of K.
- * Weights enter unscaled: the sum over 64 (or 32, the block) products is multiplied by the scale, in f32.  Scales are
- * loaded one step ahead into registers and meet in shared memory.
+ * More warps bring codes, activations and scales, `depth` steps ahead; a step is `slices` runs of WIDTH of K.
+ *
+ * The order of K within 32 is another than in memory, the same for both operands: lane j of a quad takes the eight
+ * elements from 8j on, whose codes are one word, and whose activations are 16 bytes.  Nothing is read twice.
+ * Weights enter unscaled: the sum over 64 (or 32, the block) products is multiplied by the scale, in f32.
  */
 #ifndef BNB_CUDA_GEMM4_FEW_CUH
 #define BNB_CUDA_GEMM4_FEW_CUH
@@ -15,153 +17,159 @@
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
-/* RT tiles of 16 rows in a band, NT tiles of 8 rows of activations. */
-template <int RT, int NT, int KW, int WARPS> struct few_shape {
+/* RT tiles of 16 rows in a band, NT tiles of 8 rows of activations, WARPS that multiply, MORE that bring. */
+template <int RT, int NT, int KW, int WARPS, int MORE> struct few_shape {
     enum {
         TILES = RT,
         TOKENS = NT,
         WIDTH = KW,
-        WARP_COUNT = WARPS,
+        MULTIPLIERS = WARPS * 32, /* threads */
+        BRINGERS = MORE * 32,
         ROWS = 16 * RT,
-        CHUNKS = KW / 32,                  /* of 16 bytes in a row of codes          */
-        PASSES = ROWS * CHUNKS / 32,       /* copies of a lane                       */
-        LOG_PARTS = KW == 256 ? 2
-        : KW == 128           ? 1
-                              : 0, /* of 64 elements in a run */
-        CODES = ROWS * KW / 2,             /* bytes of a band in a run               */
-        TOKEN = KW * 2,                    /* bytes of a row of activations in a run */
-        X_BYTES = 8 * NT * TOKEN,
-        ENTRIES = ROWS * (KW / 64) / 32,   /* scales of a lane; twice where blocks are of 32 */
-        SCALES = ROWS * (KW / 32),
-        MAP2 = PAIRS,
-        SCALES_AT = MAP2 + 1024, /* two steps of each warp */
-        STAGES_AT = BNB_GEMM4_FEW_FIXED(RT, KW, WARPS),
+        CHUNKS = KW / 32, /* of 16 bytes in a run of codes */
+        PARTS = KW / 64,
+        ROW = KW / 2,     /* bytes of a run of codes */
+        TOKEN = KW * 2,   /* bytes of a run of activations */
+        MAP2_AT = PAIRS,
+        BARRIERS_AT = MAP2_AT + 1024,
+        STAGES_AT = BNB_GEMM4_FEW_FIXED,
         SUMS = BNB_GEMM4_FEW_SUMS /* floats of a tile of sums: eight rows of 16, 20 apart */
     };
 };
 
-/* What a warp works on. */
-struct few_warp {
-    int64_t row; /* of the weight, its band's first */
-    int first;   /* run of K of slice 0 in step 0 */
-    int slice, active;
-    unsigned stage_bytes, x_at; /* of all that a step brings; where the activations lie in it */
+/* What a block works on, and how a stage of its shared memory lies: codes, activations, scales, each slice by slice. */
+struct few_place {
+    int row, rows;          /* of the weight: the first, and how many there are of the block's `band_rows` */
+    int band_rows, k, steps; /* k: where its part of K begins */
+    unsigned x_at, scales_at;
 };
 
-template <class S> DEVICE struct few_warp few_place(const struct bnb_cuda_gemm4_fast &p)
+template <class S> DEVICE struct few_place few_place_of(const struct bnb_cuda_gemm4_fast &p)
 {
-    struct few_warp w;
-    const int warp = (int)threadIdx.x / 32, band = warp / p.slices, used = p.bands * p.slices;
-    const int chunk = (int)blockIdx.x / p.splits, split = (int)blockIdx.x % p.splits;
-    w.row = ((int64_t)chunk * p.bands + band) * S::ROWS;
-    w.slice = warp % p.slices;
-    w.first = split * p.steps * p.slices;
-    w.active = warp < used && w.row < p.g.n;
-    w.x_at = (unsigned)(used * S::CODES);
-    w.stage_bytes = w.x_at + (unsigned)(p.slices * S::X_BYTES);
+    const int chunk = (int)blockIdx.x / p.splits, split = (int)blockIdx.x % p.splits, step = p.slices * S::WIDTH;
+    struct few_place w;
+    w.band_rows = p.bands * S::ROWS;
+    w.row = chunk * w.band_rows;
+    w.rows = (int)p.g.n - w.row < w.band_rows ? (int)p.g.n - w.row : w.band_rows;
+    w.k = split * p.steps * step;
+    w.steps = ((int)p.g.k - w.k + step - 1) / step;
+    w.steps = w.steps < p.steps ? w.steps : p.steps;
+    w.x_at = (unsigned)(p.slices * w.band_rows * S::ROW);
+    w.scales_at = w.x_at + (unsigned)(p.slices * (int)p.g.m * S::TOKEN);
     return w;
 }
 
-/* The first element of K of a step, for slice 0. */
-template <class S> DEVICE int64_t few_start(const struct bnb_cuda_gemm4_fast &p, const struct few_warp &w, int step)
-{
-    return (int64_t)(w.first + step * p.slices) * S::WIDTH;
-}
-
-/* Where chunk `c` of a row lies: so that eight rows that are read together meet no bank twice. */
+/* Where chunk `c` of a run of codes lies: so that eight rows that are read together meet no bank twice. */
 template <int CHUNKS> DEVICE unsigned few_slot(int row, int c)
 {
     const int turn = CHUNKS >= 8 ? row % 8 : row / (8 / CHUNKS) % CHUNKS;
     return (unsigned)((row * CHUNKS + (c ^ turn)) * 16);
 }
 
-/* Copies of one step: each warp its codes, all together the activations. */
-template <typename T, class S>
-DEVICE void few_bring(const struct bnb_cuda_gemm4_fast &p, const struct few_warp &w, int step, unsigned char *stage)
+/* ---------------------------------------------------------------- the warps that bring */
+
+template <class S>
+DEVICE void few_bring_codes(const struct bnb_cuda_gemm4_fast &p, const struct few_place &w, int k, int thread,
+                            unsigned char *to)
 {
-    const int lane = (int)threadIdx.x % 32, c = lane % S::CHUNKS;
-    const int64_t start = few_start<S>(p, w, step), k = start + w.slice * S::WIDTH + c * 32;
-    if (w.active && k - c * 32 < p.g.k) {
-        unsigned char *to = stage + threadIdx.x / 32 * S::CODES;
-        const uint8_t *from = p.g.codes + k / 2;
-#pragma unroll
-        for (int i = 0; i < S::PASSES; i++) {
-            const int r = lane / S::CHUNKS + i * (32 / S::CHUNKS);
-            const int64_t row = w.row + r < p.g.n ? w.row + r : p.g.n - 1;
-            copy16(to + few_slot<S::CHUNKS>(r, c), k < p.g.k ? from + row * (p.g.k / 2) : p.g.codes, k < p.g.k);
+    enum { APART = S::BRINGERS / S::CHUNKS }; /* rows from one of a thread to its next: they lie in the same turn */
+    const int c = thread % S::CHUNKS, first = thread / S::CHUNKS;
+    const int64_t stride = p.g.k / 2;
+    const uint8_t *from = p.g.codes + (w.row + first) * stride + k / 2 + c * 16;
+    to += few_slot<S::CHUNKS>(first, c);
+    k += c * 32;
+    for (int s = 0; s < p.slices && k < p.g.k; s++, k += S::WIDTH) {
+        const uint8_t *row = from + s * S::ROW;
+        unsigned char *there = to + s * w.band_rows * S::ROW;
+#pragma unroll 4
+        for (int r = first; r < w.rows; r += APART) {
+            copy16(there, row, true);
+            row += APART * stride;
+            there += APART * S::ROW;
         }
     }
-    enum { ACROSS = S::WIDTH / 8 };
+}
+
+/* Zeros beyond K: what is left there of codes counts for nothing. */
+template <typename T, class S>
+DEVICE void few_bring_x(const struct bnb_cuda_gemm4_fast &p, int k, int thread, unsigned char *to)
+{
+    enum { ACROSS = S::WIDTH / 8, APART = S::BRINGERS / ACROSS };
+    const int c = thread % ACROSS, m = (int)p.g.m;
+    k += c * 8;
+    for (int s = 0; s < p.slices; s++, k += S::WIDTH, to += m * S::TOKEN) {
+        const bool there = k < p.g.k;
+        for (int t = thread / ACROSS; t < m; t += APART)
+            copy16(to + t * S::TOKEN + (c ^ t % 2 * 4) * 16, (const T *)p.g.x + (there ? t * p.g.k + k : 0), there);
+    }
+}
+
+template <class S>
+DEVICE void few_bring_scales(const struct bnb_cuda_gemm4_fast &p, const struct few_place &w, int k, int thread,
+                             const float *map2, float offset, float *to)
+{
+    enum { BATCH = 4 };
+    const int narrow = p.shift == 5, per = S::PARTS << narrow, apart = S::BRINGERS / per;
+    const int part = thread % per, first = thread / per;
+    k += part * (64 >> narrow);
+    for (int s = 0; s < p.slices; s++, k += S::WIDTH, to += w.band_rows * per) {
+        const bool there = k < p.g.k;
+        const int64_t at = (w.row + first) * p.g.k + (there ? k : 0);
+        for (int r = 0; first + r < w.rows; r += BATCH * apart) {
+            struct scale4 raw[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; i++)
+                if (first + r + i * apart < w.rows)
+                    raw[i] = scale4_load(p, at + (r + i * apart) * p.g.k);
+#pragma unroll
+            for (int i = 0; i < BATCH; i++)
+                if (first + r + i * apart < w.rows)
+                    to[(first + r + i * apart) * per + part] = there ? scale4_value(p, raw[i], map2, offset) : 0.0f;
+        }
+    }
+}
+
+template <typename T, class S>
+DEVICE void few_bring(const struct bnb_cuda_gemm4_fast &p, const struct few_place &w, unsigned char *memory)
+{
+    const int thread = (int)threadIdx.x - S::MULTIPLIERS;
+    uint64_t *full = (uint64_t *)(memory + S::BARRIERS_AT), *empty = full + BNB_GEMM4_FEW_DEEPEST;
+    float *map2 = (float *)(memory + S::MAP2_AT);
+    const float offset = p.g.scale.absmax2 ? __ldg(p.g.scale.offset) : 0.0f;
+    map2_fill(p, map2, (unsigned)thread, S::BRINGERS);
+    int slot = 0, k = w.k;
+    unsigned parity = 1;
 #pragma unroll 1
-    for (int t = (int)threadIdx.x; t < p.slices * 8 * S::TOKENS * ACROSS; t += S::WARP_COUNT * 32) {
-        const int token = t / ACROSS % (8 * S::TOKENS), slice = t / (ACROSS * 8 * S::TOKENS);
-        const int64_t at = start + slice * S::WIDTH + t % ACROSS * 8;
-        if (token < p.g.m)
-            copy16(stage + w.x_at + slice * S::X_BYTES + few_slot<ACROSS>(token, t % ACROSS),
-                   (const T *)p.g.x + (at < p.g.k ? token * p.g.k + at : 0), at < p.g.k);
+    for (int i = 0; i < w.steps; i++, k += p.slices * S::WIDTH) {
+        unsigned char *stage = memory + S::STAGES_AT + slot * p.stage;
+        barrier_wait(empty + slot, parity);
+        few_bring_codes<S>(p, w, k, thread, stage);
+        few_bring_x<T, S>(p, k, thread, stage + w.x_at);
+        copies_arrive(full + slot);
+        if (i == 0)
+            some_barrier(1, S::BRINGERS); /* the map is complete */
+        few_bring_scales<S>(p, w, k, thread, map2, offset, (float *)(stage + w.scales_at));
+        barrier_arrive(full + slot);
+        if (++slot == p.depth)
+            slot = 0, parity ^= 1;
     }
 }
 
-/* The rows of activations beyond m: zeros that no copy overwrites. */
-template <class S>
-DEVICE void few_clear(const struct bnb_cuda_gemm4_fast &p, const struct few_warp &w, unsigned char *stages)
-{
-    enum { WORDS = S::X_BYTES / 16 };
-    for (int stage = 0; stage < p.depth; stage++) {
-        unsigned char *to = stages + stage * w.stage_bytes + w.x_at;
-#pragma unroll 1
-        for (int t = (int)threadIdx.x; t < p.slices * WORDS; t += S::WARP_COUNT * 32)
-            if (t % WORDS / (S::TOKEN / 16) >= p.g.m)
-                *(uint4 *)(to + t * 16) = make_uint4(0, 0, 0, 0);
-    }
-}
+/* ---------------------------------------------------------------- the warps that multiply */
 
-/* ---------------------------------------------------------------- scales */
-
-/* This lane's scales of a step: entry e of a warp is row e / per, part e % per of the run. */
-template <class S>
-DEVICE void few_scales_load(const struct bnb_cuda_gemm4_fast &p, const struct few_warp &w, int step,
-                            struct scale4 raw[2 * S::ENTRIES])
+template <int COUNT> DEVICE void few_floats(const float *from, float v[COUNT])
 {
-    const int narrow = p.shift == 5, per = S::LOG_PARTS + narrow, width = 6 - narrow;
-    const int64_t start = few_start<S>(p, w, step) + w.slice * S::WIDTH;
 #pragma unroll
-    for (int i = 0; i < 2 * S::ENTRIES; i++) {
-        const int e = i * 32 + (int)threadIdx.x % 32, part = e & ((1 << per) - 1);
-        const int64_t r = w.row + (e >> per), row = r < p.g.n ? r : p.g.n - 1, k = start + (part << width);
-        if (w.active && e < S::ROWS << per && k < p.g.k)
-            raw[i] = scale4_load(p, row * p.g.k + k);
-    }
-}
-
-template <class S>
-DEVICE void few_scales_put(const struct bnb_cuda_gemm4_fast &p, const struct scale4 raw[2 * S::ENTRIES],
-                           const float *map2, float offset, float *scales)
-{
-    const int entries = S::ROWS * (S::WIDTH / 64) << (p.shift == 5);
-#pragma unroll
-    for (int i = 0; i < 2 * S::ENTRIES; i++) {
-        const int e = i * 32 + (int)threadIdx.x % 32;
-        if (e < entries)
-            scales[e] = scale4_value(p, raw[i], map2, offset);
-    }
-}
-
-/* ---------------------------------------------------------------- products */
-
-/* Rows g and g + 8 of a tile: 64 weights of each, decoded. */
-template <class S>
-DEVICE void few_decode(const unsigned char *pairs, const unsigned char *codes, int tile, int q, unsigned selector,
-                       unsigned a[4][4])
-{
-    const unsigned lane = threadIdx.x % 32 * 4;
-    const int row = tile * 16 + (int)threadIdx.x % 32 / 4;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const uint4 top = *(const uint4 *)(codes + few_slot<S::CHUNKS>(row, 2 * q + h));
-        const uint4 low = *(const uint4 *)(codes + few_slot<S::CHUNKS>(row + 8, 2 * q + h));
-        decode_step(pairs, top.x, top.y, low.x, low.y, lane, selector, a[2 * h]);
-        decode_step(pairs, top.z, top.w, low.z, low.w, lane, selector, a[2 * h + 1]);
+    for (int i = 0; i < COUNT; i += 4) {
+        if (COUNT >= 4) {
+            const float4 f = *(const float4 *)(from + i);
+            v[i] = f.x, v[i + 1] = f.y, v[i + 2] = f.z, v[i + 3] = f.w;
+        } else if (COUNT == 2) {
+            const float2 f = *(const float2 *)from;
+            v[0] = f.x, v[COUNT - 1] = f.y;
+        } else {
+            v[0] = *from;
+        }
     }
 }
 
@@ -174,47 +182,95 @@ DEVICE void few_add(float sums[4], const float part[4], float top, float low)
     sums[3] = __fmaf_rn(low, part[3], sums[3]);
 }
 
-/* 64 elements of K: part q of the run of this warp. */
-template <typename T, class S>
-DEVICE void few_multiply(const struct bnb_cuda_gemm4_fast &p, const unsigned char *pairs, const unsigned char *codes,
-                         const unsigned char *x, const float *scales, int q, float sums[S::TILES][S::TOKENS][4])
+/* Where the lane's part of a stage begins, in bytes of shared memory. */
+struct few_lane { unsigned codes, x, scales; };
+
+/* Rows g and g + 8 of a tile: 64 weights of each, decoded. */
+template <class S>
+DEVICE void few_decode(const unsigned char *memory, unsigned codes, int tile, int q, unsigned a[4][4])
 {
-    enum { RT = S::TILES, ACROSS = S::WIDTH / 8 };
-    const int lane = (int)threadIdx.x % 32, row = lane / 4, narrow = p.shift == 5;
-    const int per = S::WIDTH / 64 << narrow;
-    const unsigned selector = pair_selector(lane % 4);
+    const unsigned lane = threadIdx.x % 32 * 4;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const unsigned char *from = memory + (codes ^ (unsigned)(2 * q + h) * 16) + tile * 16 * S::ROW;
+        const unsigned top = *(const unsigned *)from, low = *(const unsigned *)(from + 8 * S::ROW);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            a[2 * h + i][0] = pair_at(memory, top, lane, pair_selector(2 * i));
+            a[2 * h + i][1] = pair_at(memory, low, lane, pair_selector(2 * i));
+            a[2 * h + i][2] = pair_at(memory, top, lane, pair_selector(2 * i + 1));
+            a[2 * h + i][3] = pair_at(memory, low, lane, pair_selector(2 * i + 1));
+        }
+    }
+}
+
+/* A warp's run of one step. */
+template <typename T, class S, bool NARROW>
+DEVICE void few_run(const unsigned char *memory, const struct few_lane &l, int m, float sums[S::TILES][S::TOKENS][4])
+{
+    enum { RT = S::TILES, PER = S::PARTS << NARROW };
+    const T *tag = nullptr;
     const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    unsigned a[RT][4][4];
-    float top[RT], low[RT], top2[RT] = {}, low2[RT] = {};
+    float top[RT][PER], low[RT][PER];
 #pragma unroll
     for (int r = 0; r < RT; r++) {
-        const float *s = scales + (r * 16 + row) * per + (q << narrow);
-        few_decode<S>(pairs, codes, r, q, selector, a[r]);
-        top[r] = s[0], low[r] = s[8 * per];
-        if (narrow)
-            top2[r] = s[1], low2[r] = s[8 * per + 1];
+        few_floats<PER>((const float *)(memory + l.scales) + r * 16 * PER, top[r]);
+        few_floats<PER>((const float *)(memory + l.scales) + (r * 16 + 8) * PER, low[r]);
     }
 #pragma unroll
-    for (int t = 0; t < S::TOKENS; t++) {
-        unsigned b[8];
-        load_matrices(b, x + few_slot<ACROSS>(8 * t + lane % 8, 8 * q + lane / 8));
-        load_matrices(b + 4, x + few_slot<ACROSS>(8 * t + lane % 8, 8 * q + 4 + lane / 8));
+    for (int q = 0; q < S::PARTS; q++) {
+        unsigned a[RT][4][4];
 #pragma unroll
-        for (int r = 0; r < RT; r++) {
-            float part[4];
-            multiply16((const T *)nullptr, part, a[r][0], b[0], b[1], zero);
-            multiply16((const T *)nullptr, part, a[r][1], b[2], b[3], part);
-            if (narrow) {
-                few_add(sums[r][t], part, top[r], low[r]);
-                multiply16((const T *)nullptr, part, a[r][2], b[4], b[5], zero);
-                multiply16((const T *)nullptr, part, a[r][3], b[6], b[7], part);
-                few_add(sums[r][t], part, top2[r], low2[r]);
-            } else {
-                multiply16((const T *)nullptr, part, a[r][2], b[4], b[5], part);
-                multiply16((const T *)nullptr, part, a[r][3], b[6], b[7], part);
-                few_add(sums[r][t], part, top[r], low[r]);
+        for (int r = 0; r < RT; r++)
+            few_decode<S>(memory, l.codes, r, q, a[r]);
+#pragma unroll
+        for (int t = 0; t < S::TOKENS; t++) {
+            const unsigned char *x = memory + q * 128 + t * 8 * S::TOKEN;
+            uint4 b = make_uint4(0, 0, 0, 0), c = b;
+            if (8 * t + (int)threadIdx.x % 32 / 4 < m)
+                b = *(const uint4 *)(x + l.x), c = *(const uint4 *)(x + (l.x ^ 64));
+#pragma unroll
+            for (int r = 0; r < RT; r++) {
+                float part[4];
+                multiply16(tag, part, a[r][0], b.x, b.y, zero);
+                multiply16(tag, part, a[r][1], b.z, b.w, part);
+                if (NARROW)
+                    few_add(sums[r][t], part, top[r][2 * q % PER], low[r][2 * q % PER]);
+                multiply16(tag, part, a[r][2], c.x, c.y, NARROW ? zero : part);
+                multiply16(tag, part, a[r][3], c.z, c.w, part);
+                few_add(sums[r][t], part, top[r][NARROW ? 2 * q + 1 : q], low[r][NARROW ? 2 * q + 1 : q]);
             }
         }
+    }
+}
+
+template <typename T, class S>
+DEVICE void few_multiply(const struct bnb_cuda_gemm4_fast &p, const struct few_place &w, int warp,
+                         unsigned char *memory, float sums[S::TILES][S::TOKENS][4])
+{
+    const int lane = (int)threadIdx.x % 32, g = lane / 4, narrow = p.shift == 5;
+    const int slice = warp % p.slices, row = slice * w.band_rows + warp / p.slices * S::ROWS + g;
+    uint64_t *full = (uint64_t *)(memory + S::BARRIERS_AT), *empty = full + BNB_GEMM4_FEW_DEEPEST;
+    struct few_lane first, l;
+    first.codes = few_slot<S::CHUNKS>(row, 0) + (unsigned)(lane % 4 * 4);
+    first.x = w.x_at + (unsigned)((slice * (int)p.g.m + g) * S::TOKEN + g % 2 * 64 + lane % 4 * 16);
+    first.scales = w.scales_at + (unsigned)(row * (S::PARTS << narrow) * 4);
+    int slot = 0;
+    unsigned parity = 0;
+#pragma unroll 1
+    for (int i = 0; i < w.steps; i++) {
+        const unsigned stage = (unsigned)(S::STAGES_AT + slot * p.stage);
+        l.codes = stage + first.codes, l.x = stage + first.x, l.scales = stage + first.scales;
+        barrier_wait(full + slot, parity);
+        if (narrow)
+            few_run<T, S, true>(memory, l, (int)p.g.m, sums);
+        else
+            few_run<T, S, false>(memory, l, (int)p.g.m, sums);
+        __syncwarp();
+        if (lane == 0)
+            barrier_arrive(empty + slot);
+        if (++slot == p.depth)
+            slot = 0, parity ^= 1;
     }
 }
 
@@ -222,7 +278,7 @@ DEVICE void few_multiply(const struct bnb_cuda_gemm4_fast &p, const unsigned cha
 
 /* The sums of all slices, in their order, to out or to the split's place.  memory: room for all tiles. */
 template <typename T, class S>
-DEVICE void few_store(const struct bnb_cuda_gemm4_fast &p, const struct few_warp &w, float *memory,
+DEVICE void few_store(const struct bnb_cuda_gemm4_fast &p, const struct few_place &w, float *memory,
                       const float sums[S::TILES][S::TOKENS][4])
 {
     enum { RT = S::TILES, NT = S::TOKENS, OWN = RT * NT * S::SUMS };
@@ -236,19 +292,18 @@ DEVICE void few_store(const struct bnb_cuda_gemm4_fast &p, const struct few_warp
             to[j * 20 + 8] = sums[r][t][2], to[j * 20 + 28] = sums[r][t][3];
         }
     __syncthreads();
-    const int rows = p.bands * S::ROWS, m = (int)p.g.m;
-    const int64_t first = (int64_t)(blockIdx.x / p.splits) * rows;
-    for (int i = (int)threadIdx.x; i < rows * m; i += S::WARP_COUNT * 32) {
-        const int row = i % rows, token = i / rows;
+    const int m = (int)p.g.m;
+    for (int i = (int)threadIdx.x; i < w.band_rows * m; i += S::MULTIPLIERS + S::BRINGERS) {
+        const int row = i % w.band_rows, token = i / w.band_rows;
         const int band = row / S::ROWS, tile = row % S::ROWS / 16 * NT + token / 8;
         const float *from = memory + band * p.slices * OWN + tile * S::SUMS + token % 8 * 20 + row % 16;
         float sum = 0.0f;
         for (int s = 0; s < p.slices; s++)
             sum += from[s * OWN];
         sum *= p.shrink;
-        const int64_t n = first + row;
-        if (n >= p.g.n)
+        if (row >= w.rows)
             continue;
+        const int64_t n = w.row + row;
         if (p.partial)
             p.partial[((int64_t)(blockIdx.x % p.splits) * m + token) * p.g.n + n] = sum;
         else
@@ -258,64 +313,29 @@ DEVICE void few_store(const struct bnb_cuda_gemm4_fast &p, const struct few_warp
 
 /* ---------------------------------------------------------------- the kernel */
 
-/* Until at most depth - 2 steps are under way. */
-DEVICE void few_wait(int depth)
-{
-    if (depth == 2)
-        copies_wait<0>();
-    else if (depth == 3)
-        copies_wait<1>();
-    else
-        copies_wait<2>();
-}
-
 template <typename T, class S> DEVICE void few_product(const struct bnb_cuda_gemm4_fast &p)
 {
     SHARED_MEMORY(memory);
-    const struct few_warp w = few_place<S>(p);
-    const int steps = p.steps, warp = (int)threadIdx.x / 32;
-    unsigned char *stages = memory + S::STAGES_AT;
-    float *map2 = (float *)(memory + S::MAP2), *scales = (float *)(memory + S::SCALES_AT) + warp * 2 * S::SCALES;
-    struct scale4 raw[2 * S::ENTRIES] = {}, ahead[2 * S::ENTRIES] = {};
+    const struct few_place w = few_place_of<S>(p);
+    const int warp = warp_number();
+    uint64_t *full = (uint64_t *)(memory + S::BARRIERS_AT), *empty = full + BNB_GEMM4_FEW_DEEPEST;
+    if (threadIdx.x == 0)
+        for (int i = 0; i < p.depth; i++) {
+            barrier_init(full + i, 2 * S::BRINGERS); /* copies, and scales */
+            barrier_init(empty + i, p.bands * p.slices);
+        }
+    __syncthreads();
     float sums[S::TILES][S::TOKENS][4] = {};
-#pragma unroll 1
-    for (int i = 0; i < p.depth - 1; i++) {
-        if (i < steps)
-            few_bring<T, S>(p, w, i, stages + i * w.stage_bytes);
-        copies_commit();
+    if (warp >= S::MULTIPLIERS / 32) {
+        few_bring<T, S>(p, w, memory);
+    } else {
+        pairs_fill((const T *)nullptr, p, memory, threadIdx.x, S::MULTIPLIERS);
+        some_barrier(2, S::MULTIPLIERS);
+        if (warp < p.bands * p.slices)
+            few_multiply<T, S>(p, w, warp, memory, sums);
     }
-    const float offset = p.g.scale.absmax2 ? __ldg(p.g.scale.offset) : 0.0f;
-    few_scales_load<S>(p, w, 0, raw);
-    few_scales_load<S>(p, w, 1, ahead);
-    pairs_fill((const T *)nullptr, p, memory);
-    map2_fill(p, map2);
-    few_clear<S>(p, w, stages);
     __syncthreads();
-    few_scales_put<S>(p, raw, map2, offset, scales);
-    int slot = 0, next = p.depth - 1;
-#pragma unroll 1
-    for (int i = 0; i < steps; i++) {
-        few_wait(p.depth);
-        __syncthreads();
-        if (i + p.depth - 1 < steps)
-            few_bring<T, S>(p, w, i + p.depth - 1, stages + next * w.stage_bytes);
-        copies_commit();
-        few_scales_put<S>(p, ahead, map2, offset, scales + (i + 1) % 2 * S::SCALES);
-        few_scales_load<S>(p, w, i + 2, ahead);
-        const int64_t k = few_start<S>(p, w, i) + w.slice * S::WIDTH;
-        const unsigned char *stage = stages + slot * w.stage_bytes;
-        const int parts = w.active && k < p.g.k ? (int)(p.g.k - k < S::WIDTH ? p.g.k - k : S::WIDTH) / 64 : 0;
-#pragma unroll
-        for (int q = 0; q < S::WIDTH / 64; q++)
-            if (q < parts)
-                few_multiply<T, S>(p, memory, stage + warp * S::CODES, stage + w.x_at + w.slice * S::X_BYTES,
-                                   scales + i % 2 * S::SCALES, q, sums);
-        slot = slot + 1 < p.depth ? slot + 1 : 0;
-        next = next + 1 < p.depth ? next + 1 : 0;
-    }
-    copies_wait<0>();
-    __syncthreads();
-    few_store<T, S>(p, w, (float *)stages, sums);
+    few_store<T, S>(p, w, (float *)(memory + S::STAGES_AT), sums);
 }
 
 #endif

@@ -201,8 +201,7 @@ DEVICE void tile_result(const struct bnb_cuda_gemm4_fast &p, const struct tile_p
 /* The table of f16 pairs, eight times. */
 DEVICE void tile_table(const struct bnb_cuda_gemm4_fast &p, unsigned char *pairs)
 {
-    const unsigned e = threadIdx.x,
-                   pair = quick_pair((const f16 *)nullptr, value4(p, e >> 4) * p.gain, value4(p, e & 15) * p.gain);
+    const unsigned e = threadIdx.x, pair = quick_pair((const f16 *)nullptr, p.values[e >> 4], p.values[e & 15]);
     *(uint4 *)(pairs + e * 32) = make_uint4(pair, pair, pair, pair);
     *(uint4 *)(pairs + e * 32 + 16) = make_uint4(pair, pair, pair, pair);
 }
@@ -214,7 +213,7 @@ template <typename T, bool GRAD> DEVICE void tile_product(const struct bnb_cuda_
     struct tile_place t;
     t.inner = (int)(GRAD ? p.g.n : p.g.k), t.outer = (int)(GRAD ? p.g.k : p.g.n);
     tile_table(p, memory);
-    map2_fill(p, (float *)(memory + TILE_MAP2_AT));
+    map2_fill(p, (float *)(memory + TILE_MAP2_AT), threadIdx.x, 256);
     if (p.g.scale.absmax2 && threadIdx.x == 0)
         ((float *)(memory + TILE_MAP2_AT))[256] = __ldg(p.g.scale.offset);
     __syncthreads();

@@ -280,8 +280,8 @@ template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_ge
         }
         barriers_ready();
     }
-    pairs_fill((const f16 *)nullptr, p.fast, memory);
-    map2_fill(p.fast, (float *)(memory + S::MAP2_AT));
+    pairs_fill((const f16 *)nullptr, p.fast, memory, threadIdx.x, 384);
+    map2_fill(p.fast, (float *)(memory + S::MAP2_AT), threadIdx.x, 384);
     __syncthreads();
     cluster_barrier();
     if (threadIdx.x < 128) {

@@ -5,32 +5,29 @@
  */
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WIDE_CLUSTER __cluster_dims__(2, 1, 1)
-#define WIDE_CONSTANT __grid_constant__
 #define WIDE_BODY(TOKENS) wide_product<T, wide_shape<TOKENS>>(p)
 #else
 #define WIDE_CLUSTER
-#define WIDE_CONSTANT
 #define WIDE_BODY(TOKENS) (void)p
 #endif
 
 extern "C" __global__ void WIDE_CLUSTER __launch_bounds__(384, 1)
-    NAME(bnb_k_gemm4_wide64)(const WIDE_CONSTANT struct bnb_cuda_gemm4_wide p)
+    NAME(bnb_k_gemm4_wide64)(const __grid_constant__ struct bnb_cuda_gemm4_wide p)
 {
     WIDE_BODY(64);
 }
 
 extern "C" __global__ void WIDE_CLUSTER __launch_bounds__(384, 1)
-    NAME(bnb_k_gemm4_wide128)(const WIDE_CONSTANT struct bnb_cuda_gemm4_wide p)
+    NAME(bnb_k_gemm4_wide128)(const __grid_constant__ struct bnb_cuda_gemm4_wide p)
 {
     WIDE_BODY(128);
 }
 
 extern "C" __global__ void WIDE_CLUSTER __launch_bounds__(384, 1)
-    NAME(bnb_k_gemm4_wide256)(const WIDE_CONSTANT struct bnb_cuda_gemm4_wide p)
+    NAME(bnb_k_gemm4_wide256)(const __grid_constant__ struct bnb_cuda_gemm4_wide p)
 {
     WIDE_BODY(256);
 }
 
 #undef WIDE_BODY
-#undef WIDE_CONSTANT
 #undef WIDE_CLUSTER

@@ -1,8 +1,7 @@
 /*
  * gemm_hopper.cuh - the instructions of compute capability 9.0: barriers in shared memory, tensor copies, wgmma
  *
- * Only for images of 9.0a.  A barrier is eight bytes of shared memory with a phase: `parity` is that of the phase waited
- * for, 0 for the first.  Peers are the blocks of a cluster; a copy to all of them lands at the same place in each.
+ * Only for images of 9.0a.  Peers are the blocks of a cluster; a copy to all of them lands at the same place in each.
  */
 #ifndef BNB_CUDA_GEMM_HOPPER_CUH
 #define BNB_CUDA_GEMM_HOPPER_CUH
@@ -26,14 +25,6 @@ DEVICE void cluster_barrier()
     asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-/* `count` threads of this block, all of whole warps, meet at barrier `id`, 1 to 15. */
-DEVICE void some_barrier(int id, int count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
-
-DEVICE void barrier_init(uint64_t *barrier, int count)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-}
-
 /* After all inits, by who made them. */
 DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
@@ -44,20 +35,13 @@ DEVICE void barrier_expect(uint64_t *barrier, unsigned bytes)
                  : "memory");
 }
 
+/* A warp arrives after it has used what it read, so nothing needs to be made visible: with the scope of a cluster, each
+ * arrival would wait for all memory of the card. */
 DEVICE void barrier_arrive_at(uint64_t *barrier, unsigned rank)
 {
     asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
                  "r"(rank)
-                 : "memory");
-}
-
-DEVICE void barrier_wait(uint64_t *barrier, unsigned parity)
-{
-    asm volatile("{\n\t.reg .pred done;\n\tAGAIN_%=:\n\t"
-                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
-                 "@!done bra AGAIN_%=;\n\t}" ::"r"(shared_address(barrier)),
-                 "r"(parity)
                  : "memory");
 }
 

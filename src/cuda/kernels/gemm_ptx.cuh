@@ -20,6 +20,10 @@ DEVICE void f16_pair_values(unsigned pair, float *low, float *high)
         : "r"(pair));
 }
 
+/* This warp's number, in a form that the compiler knows to be the same for all of its threads: addresses that depend on
+ * nothing else then stay in uniform registers. */
+DEVICE int warp_number() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }
+
 #if __CUDA_ARCH__ >= 800
 
 /* ---------------------------------------------------------------- asynchronous copies of 16 bytes */
@@ -36,6 +40,47 @@ DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"
 
 /* Until at most N groups of this thread are under way. */
 template <int N> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+/* ---------------------------------------------------------------- barriers */
+
+/* `count` threads of the block, all of whole warps, meet at barrier `id`, 1 to 15. */
+DEVICE void some_barrier(int id, int count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
+
+/* Eight bytes of shared memory with a phase, which `count` arrivals end. */
+DEVICE void barrier_init(uint64_t *barrier, int count)
+{
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+DEVICE void barrier_arrive(uint64_t *barrier)
+{
+    asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared.b64 state, [%0];\n\t}" ::"r"(shared_address(barrier))
+                 : "memory");
+}
+
+/* Arrive when all copies so far of this thread have landed. */
+DEVICE void copies_arrive(uint64_t *barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+/* Until the phase of this parity, 0 for the first, has ended.  Of the scope of a block, also where others of a cluster
+ * arrive: a wider one would invalidate the first-level cache at each wait. */
+DEVICE void barrier_wait(uint64_t *barrier, unsigned parity)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n\t.reg .pred done;\n\tAGAIN_%=:\n\t"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+                 "@!done bra AGAIN_%=;\n\t}" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+#else
+    asm volatile("{\n\t.reg .pred done;\n\tAGAIN_%=:\n\tmbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n\t"
+                 "@!done bra AGAIN_%=;\n\t}" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+#endif
+}
 
 /* ---------------------------------------------------------------- m16n8k16, f32 sums */
 

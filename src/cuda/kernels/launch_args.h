@@ -156,22 +156,22 @@ struct bnb_cuda_gemm4 {
 };
 
 /*
- * The fast products by a 4-bit weight.  The table of pairs holds values times `gain`, chosen so that they round well, and
- * shrink is 1 / gain.  shift2: of block2, a power of two.  store: out can be written in accesses of 16 bytes.
+ * The fast products by a 4-bit weight.  values: those of the codes times a gain, chosen so that they round well; shrink is
+ * 1 / gain.  shift2: of block2, a power of two.  store: out can be written in wide accesses.
  *   first    [experts + 1]: the weight is [experts, n, k], and rows first[e] to first[e + 1] of x and out are expert e's;
  *            NULL: one weight, and all m rows
  *   partial  [splits][m][n]: sums of the splits of K, added by another kernel; NULL without splits
  *   steps    along K, of each split
  *   few      a block of threads multiplies `bands` bands of rows of the weight; a band's K lies with `slices` warps in
- *            turn.  depth: steps under way
+ *            turn.  depth: steps under way, of `stage` bytes each
  */
 struct bnb_cuda_gemm4_fast {
     struct bnb_gemm4_block g;
     const int64_t *first;
     float *partial;
-    float gain, shrink;
-    int type, shift, shift2, experts, splits, steps, store;
-    int bands, slices, depth;
+    float values[16], shrink;
+    int shift, shift2, experts, splits, steps, store;
+    int bands, slices, depth, stage;
 };
 
 /* What the driver makes of the shape of a tensor, for copies of its boxes. */
