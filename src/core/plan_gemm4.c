@@ -7,24 +7,31 @@
 
 #include "core/internal.h"
 
-const char *const bnb_gemm4_kernel_name[BNB_GEMM4_KERNELS] = {"plain",  "few8",    "few16",   "few32", "few64",
-                                                              "wide64", "wide128", "wide256", "tile"};
+const char *const bnb_gemm4_kernel_name[BNB_GEMM4_KERNELS] = {
+    "plain", "few8", "few16", "few32", "few64", "wide32", "wide64", "wide128", "wide256", "grad128", "grad256", "tile"};
 
 /* Of kernels few8, few16, ... */
 static const struct few {
     int tiles, tokens, width, warps, bringers;
 } few[] = {{BNB_GEMM4_FEW8}, {BNB_GEMM4_FEW16}, {BNB_GEMM4_FEW32}, {BNB_GEMM4_FEW64}};
 
-/* Of kernels wide64, ...: rows of activations in a tile, and the time of a step of 64 along K. */
-static const struct wide { int tokens, step_ns; } wide[] = {{64, 200}, {128, 330}, {256, 600}};
+/* Of kernels wide32, ... grad256: rows of activations in a tile, and the time of a step of 64 along the sum. */
+static const struct wide {
+    int tokens, step_ns;
+} wide[] = {{32, 200}, {64, 210}, {128, 330}, {256, 600}, {128, 340}, {256, 620}};
 
-/* The largest m of each kernel on cards with wgmma, and on others; where one cannot, the next that can. */
+/* The largest m of each kernel on cards with wgmma, and on others; where one cannot, the next that can.  What follows the
+ * few is chosen by its time. */
 static const struct limit {
     int64_t hopper, other;
     enum bnb_gemm4_kernel kernel;
-} limits[] = {
-    {8, 8, BNB_GEMM4_KERNEL_FEW8},   {16, 16, BNB_GEMM4_KERNEL_FEW16},         {0, 32, BNB_GEMM4_KERNEL_FEW32},
-    {0, 64, BNB_GEMM4_KERNEL_FEW64}, {INT64_MAX, 0, BNB_GEMM4_KERNEL_WIDE256}, {0, INT64_MAX, BNB_GEMM4_KERNEL_TILE}};
+} limits[] = {{8, 8, BNB_GEMM4_KERNEL_FEW8},
+              {16, 16, BNB_GEMM4_KERNEL_FEW16},
+              {0, 32, BNB_GEMM4_KERNEL_FEW32},
+              {0, 64, BNB_GEMM4_KERNEL_FEW64},
+              {INT64_MAX, 0, BNB_GEMM4_KERNEL_WIDE256},
+              {INT64_MAX, 0, BNB_GEMM4_KERNEL_GRAD256},
+              {0, INT64_MAX, BNB_GEMM4_KERNEL_TILE}};
 
 /* Adding up the sums of splits: a launch, and memory that is written once and read once. */
 enum { SUM_NS = 2500, SUM_BYTES_PER_NS = 2500, FEWEST_STEPS = 4, SPLITS_MOST = 16, PAIR = 256, TILE = 128 };
@@ -33,7 +40,7 @@ enum { SUM_NS = 2500, SUM_BYTES_PER_NS = 2500, FEWEST_STEPS = 4, SPLITS_MOST = 1
 enum { FEWEST_ROWS = 8 };
 
 static bool is_few(enum bnb_gemm4_kernel k) { return k >= BNB_GEMM4_KERNEL_FEW8 && k <= BNB_GEMM4_KERNEL_FEW64; }
-static bool is_wide(enum bnb_gemm4_kernel k) { return k >= BNB_GEMM4_KERNEL_WIDE64 && k <= BNB_GEMM4_KERNEL_WIDE256; }
+static bool is_wide(enum bnb_gemm4_kernel k) { return k >= BNB_GEMM4_KERNEL_WIDE32 && k <= BNB_GEMM4_KERNEL_GRAD256; }
 
 /* A step: codes and scales of every band, activations once for all of them; and all of it as a block has it. */
 static void few_memory(const struct few *f, const struct bnb_gemm4_shape *s, struct bnb_gemm4_plan *p)
@@ -52,6 +59,8 @@ static bool few_fits(const struct few *f, const struct bnb_gemm4_shape *s, const
     return p->shared <= card->shared_bytes;
 }
 
+int bnb_gemm4_tokens(enum bnb_gemm4_kernel kernel) { return wide[kernel - BNB_GEMM4_KERNEL_WIDE32].tokens; }
+
 bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card)
 {
     const int64_t inner = s->grad ? s->n : s->k, experts = s->experts ? s->experts : 1, most = INT32_MAX / 2;
@@ -61,10 +70,14 @@ bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s
         return false;
     if (kernel == BNB_GEMM4_KERNEL_TILE)
         return s->k % 32 == 0 && inner % 8 == 0;
+    if (is_wide(kernel) && (card->capability != 90 || !card->tensor_copies))
+        return false;
+    if (kernel >= BNB_GEMM4_KERNEL_GRAD128)
+        return s->grad && s->k % 32 == 0 && inner % 8 == 0;
     if (s->grad || s->k % 64 != 0)
         return false;
     if (is_wide(kernel))
-        return card->capability == 90 && card->tensor_copies;
+        return kernel > BNB_GEMM4_KERNEL_WIDE64 || s->block > 32;
     const struct few *f = &few[kernel - BNB_GEMM4_KERNEL_FEW8];
     struct bnb_gemm4_plan least = {.bands = 1, .slices = 1, .depth = 2};
     return s->experts == 0 && s->m <= 8 * f->tokens && few_fits(f, s, card, &least);
@@ -119,42 +132,52 @@ static struct bnb_gemm4_plan plan_few(enum bnb_gemm4_kernel kernel, const struct
 
 /* ---------------------------------------------------------------- many rows */
 
+/* Tiles of `tokens` rows, of 256 columns, in splits; experts have one more each, as far as there are rows. */
+static int64_t wide_tiles(int tokens, const struct bnb_gemm4_shape *s, int splits)
+{
+    const int64_t down =
+        s->experts > 0 ? s->m / tokens + (s->m < s->experts ? s->m : s->experts) : bnb_blocks(s->m, tokens);
+    return down * bnb_blocks(s->grad ? s->k : s->n, PAIR) * splits;
+}
+
+static int64_t wide_steps(const struct bnb_gemm4_shape *s) { return bnb_blocks(s->grad ? s->n : s->k, 64); }
+
 static int64_t wide_time(const struct wide *w, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
                          int splits)
 {
-    const int64_t tiles = bnb_blocks(s->m, w->tokens) * bnb_blocks(s->n, PAIR) * splits, clusters = card->sms / 2;
-    const int64_t steps = bnb_blocks(s->k / 64, splits) + 8; /* and what it takes to begin and end */
-    const int64_t sum = splits > 1 ? SUM_NS + 8 * s->m * s->n * splits / SUM_BYTES_PER_NS : 0;
-    return bnb_blocks(tiles, clusters) * steps * w->step_ns + sum;
+    const int64_t waves = bnb_blocks(wide_tiles(w->tokens, s, splits), card->sms / 2);
+    const int64_t steps = bnb_blocks(wide_steps(s), splits) + 8; /* and what it takes to begin and end */
+    const int64_t sums = 8 * s->m * (s->grad ? s->k : s->n) * splits;
+    return waves * steps * w->step_ns + (splits > 1 ? SUM_NS + sums / SUM_BYTES_PER_NS : 0);
 }
 
 static struct bnb_gemm4_plan plan_wide(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
                                        const struct bnb_gemm4_wish *wish)
 {
-    struct bnb_gemm4_plan p = {.kernel = BNB_GEMM4_KERNEL_WIDE64, .splits = 1};
-    const int64_t steps = s->k / 64;
+    struct bnb_gemm4_plan p = {.kernel = BNB_GEMM4_KERNEL_WIDE32, .splits = 1};
+    const int64_t steps = wide_steps(s), clusters = card->sms / 2;
     const int wanted = s->experts == 0 && wish->splits <= SPLITS_MOST && wish->splits <= steps ? wish->splits : 0;
     int64_t best = INT64_MAX;
-    for (int i = 0; i < 3; i++) {
-        const enum bnb_gemm4_kernel kernel = (enum bnb_gemm4_kernel)(BNB_GEMM4_KERNEL_WIDE64 + i);
-        if (is_wide((enum bnb_gemm4_kernel)wish->kernel) && wish->kernel != (int)kernel)
+    for (int i = BNB_GEMM4_KERNEL_WIDE32; i <= BNB_GEMM4_KERNEL_GRAD256; i++) {
+        const struct wide *w = &wide[i - BNB_GEMM4_KERNEL_WIDE32];
+        if ((is_wide((enum bnb_gemm4_kernel)wish->kernel) && wish->kernel != i) ||
+            !bnb_gemm4_can((enum bnb_gemm4_kernel)i, s, card))
             continue;
         for (int splits = 1; splits <= SPLITS_MOST; splits++) {
             if (wanted > 0 ? splits != wanted : splits > 1 && (s->experts > 0 || steps / splits < FEWEST_STEPS))
                 continue;
-            const int64_t time = wide_time(&wide[i], s, card, splits);
+            const int64_t time = wide_time(w, s, card, splits);
             if (time < best) {
                 best = time;
-                p.kernel = kernel;
+                p.kernel = (enum bnb_gemm4_kernel)i;
                 p.splits = splits;
             }
         }
     }
-    const int tokens = wide[p.kernel - BNB_GEMM4_KERNEL_WIDE64].tokens;
     p.steps = (int)bnb_blocks(steps, p.splits);
     p.splits = (int)bnb_blocks(steps, p.steps);
-    const int64_t tiles = bnb_blocks(s->m, tokens) * bnb_blocks(s->n, PAIR) * p.splits, clusters = card->sms / 2;
-    p.grid = 2 * (tiles < clusters && s->experts == 0 ? tiles : clusters);
+    const int64_t tiles = wide_tiles(bnb_gemm4_tokens(p.kernel), s, p.splits);
+    p.grid = 2 * (tiles < clusters ? tiles : clusters);
     return p;
 }
 

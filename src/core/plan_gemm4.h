@@ -32,9 +32,12 @@ enum bnb_gemm4_kernel {
     BNB_GEMM4_KERNEL_FEW16,
     BNB_GEMM4_KERNEL_FEW32,
     BNB_GEMM4_KERNEL_FEW64,
-    BNB_GEMM4_KERNEL_WIDE64, /* 9.0 alone */
+    BNB_GEMM4_KERNEL_WIDE32, /* from here to tile 9.0 alone */
+    BNB_GEMM4_KERNEL_WIDE64, /* up to here scales multiply sums, and blocks of 32 are too short for wide ones */
     BNB_GEMM4_KERNEL_WIDE128,
     BNB_GEMM4_KERNEL_WIDE256,
+    BNB_GEMM4_KERNEL_GRAD128,
+    BNB_GEMM4_KERNEL_GRAD256,
     BNB_GEMM4_KERNEL_TILE, /* and its gradient */
     BNB_GEMM4_KERNELS
 };
@@ -64,6 +67,9 @@ struct bnb_gemm4_plan {
     int shared;                                     /* few: bytes of shared memory of a block */
     int64_t grid;                                   /* blocks */
 };
+
+/* Rows of activations in a tile of a wide kernel. */
+int bnb_gemm4_tokens(enum bnb_gemm4_kernel kernel);
 
 /* Can this kernel multiply this shape on this card? */
 bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card);

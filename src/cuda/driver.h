@@ -52,6 +52,7 @@ enum {
     CU_MAP_UINT8 = 0,
     CU_MAP_UINT16 = 1,
     CU_MAP_SWIZZLE_NONE = 0,
+    CU_MAP_SWIZZLE_64 = 2,
     CU_MAP_SWIZZLE_128 = 3,
     CU_MAP_PROMOTE_128 = 2
 };

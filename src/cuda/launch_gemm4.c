@@ -15,7 +15,7 @@
 enum { THREADS = 256, WARPS = 8, TILE = 64, FEW = 8 };
 
 /* Of the wide kernels: threads, and shared memory as gemm4_wide.cuh lays it out. */
-enum { WIDE_THREADS = 384, WIDE_FIXED = 65536 + 2 * 8192 + 1024 + 128, WIDE_CODES = 128 * 32 };
+enum { WIDE_THREADS = 384, WIDE_FIXED = 65536 + 2 * 8192 + 1024 + 128, WIDE_CODES = 4096 };
 #define WIDE_SHARED(tokens, ring) (WIDE_FIXED + (ring) * ((tokens) * 128 + WIDE_CODES))
 
 /* As gemm4_tile.cuh lays it out. */
@@ -33,9 +33,12 @@ static struct bnb_cuda_kernel kernels[BNB_GEMM4_KERNELS][3] = {
     [BNB_GEMM4_KERNEL_FEW16] = HALVES("gemm4_few", "bnb_k_gemm4_few16", 512, BNB_CUDA_ALL_SHARED),
     [BNB_GEMM4_KERNEL_FEW32] = HALVES("gemm4_few", "bnb_k_gemm4_few32", 320, BNB_CUDA_ALL_SHARED),
     [BNB_GEMM4_KERNEL_FEW64] = HALVES("gemm4_few", "bnb_k_gemm4_few64", 256, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_WIDE32] = HALVES("gemm4_wide", "bnb_k_gemm4_wide32", WIDE_THREADS, WIDE_SHARED(32, 8)),
     [BNB_GEMM4_KERNEL_WIDE64] = HALVES("gemm4_wide", "bnb_k_gemm4_wide64", WIDE_THREADS, WIDE_SHARED(64, 8)),
     [BNB_GEMM4_KERNEL_WIDE128] = HALVES("gemm4_wide", "bnb_k_gemm4_wide128", WIDE_THREADS, WIDE_SHARED(128, 6)),
     [BNB_GEMM4_KERNEL_WIDE256] = HALVES("gemm4_wide", "bnb_k_gemm4_wide256", WIDE_THREADS, WIDE_SHARED(256, 4)),
+    [BNB_GEMM4_KERNEL_GRAD128] = HALVES("gemm4_wide", "bnb_k_gemm4_wide_grad128", WIDE_THREADS, WIDE_SHARED(128, 6)),
+    [BNB_GEMM4_KERNEL_GRAD256] = HALVES("gemm4_wide", "bnb_k_gemm4_wide_grad256", WIDE_THREADS, WIDE_SHARED(256, 4)),
     [BNB_GEMM4_KERNEL_TILE] = HALVES("gemm4_tile", "bnb_k_gemm4_tile", TILE_THREADS, TILE_SHARED)};
 static struct bnb_cuda_kernel tile_grad[3] = HALVES("gemm4_tile", "bnb_k_gemm4_tile_grad", TILE_THREADS, TILE_SHARED);
 static struct bnb_cuda_kernel sum[3] = HALVES("gemm4_few", "bnb_k_gemm4_sum", 256, 0);
@@ -109,14 +112,14 @@ static struct bnb_cuda_gemm4_fast fast_of(const struct bnb_gemm4_block *g, const
                                     .slices = plan->slices,
                                     .depth = plan->depth,
                                     .stage = plan->stage};
-    const bool few = plan->kernel <= BNB_GEMM4_KERNEL_FEW64;
-    const float gain = gain_of(type_of(g->code), few && dtype == BNB_BF16);
+    const bool sums = plan->kernel <= BNB_GEMM4_KERNEL_WIDE64; /* their tables are of the dtype, all others of f16 */
+    const float gain = gain_of(type_of(g->code), sums && dtype == BNB_BF16);
     p.shrink = 1.0f / gain;
     for (int i = 0; i < 16; i++)
         p.values[i] = g->code[i] * gain;
     p.shift = __builtin_ctzll((unsigned long long)g->block);
     p.shift2 = g->scale.absmax2 ? __builtin_ctzll((unsigned long long)g->scale.block2) : 0;
-    p.store = plan->kernel == BNB_GEMM4_KERNEL_TILE ? (g->grad ? g->k : g->n) % 2 == 0 : g->n % 8 == 0;
+    p.store = (g->grad ? g->k : g->n) % (plan->kernel == BNB_GEMM4_KERNEL_TILE ? 2 : 8) == 0;
     return p;
 }
 
@@ -136,22 +139,24 @@ static bnb_status launch_wide(const struct bnb_cuda_call *c, const struct bnb_ge
 {
     struct bnb_cuda_gemm4_wide p = {.fast = *fast};
     const struct bnb_gemm4_block *g = &fast->g;
-    const unsigned tokens = 64u << (plan->kernel - BNB_GEMM4_KERNEL_WIDE64);
-    const uint64_t x[2] = {(uint64_t)g->k, (uint64_t)g->m};
+    const unsigned tokens = (unsigned)bnb_gemm4_tokens(plan->kernel);
+    const uint64_t x[2] = {(uint64_t)(g->grad ? g->n : g->k), (uint64_t)g->m};
     const uint64_t codes[2] = {(uint64_t)g->k / 2, (uint64_t)(g->n * fast->experts)};
+    const unsigned box[2] = {g->grad ? 64 : 32, g->grad ? 64 : 128};
     bnb_status status =
         make_map(c, &p.x, CU_MAP_UINT16, g->x, x, (const unsigned[2]){64, tokens / 2}, CU_MAP_SWIZZLE_128);
     if (!status)
-        status =
-            make_map(c, &p.codes, CU_MAP_UINT8, g->codes, codes, (const unsigned[2]){32, 128}, CU_MAP_SWIZZLE_NONE);
+        status = make_map(c, &p.codes, CU_MAP_UINT8, g->codes, codes, box,
+                          g->grad ? CU_MAP_SWIZZLE_64 : CU_MAP_SWIZZLE_NONE);
     return status ? status : bnb_cuda_launch(c, kernel, plan->grid, &p);
 }
 
 static bnb_status launch_sum(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm4_fast *p, bnb_dtype dtype)
 {
     const struct bnb_gemm4_block *g = &p->g;
-    const struct bnb_cuda_gemm4_sum s = {p->partial, g->bias, g->out, g->m, g->n, p->splits};
-    return bnb_cuda_launch_over(c, &sum[dtype], bnb_blocks(g->m * g->n, 256), &s);
+    const int64_t outer = g->grad ? g->k : g->n;
+    const struct bnb_cuda_gemm4_sum s = {p->partial, g->bias, g->out, g->m, outer, p->splits};
+    return bnb_cuda_launch_over(c, &sum[dtype], bnb_blocks(g->m * outer, 256), &s);
 }
 
 static bnb_status launch_fast(const struct bnb_cuda_call *c, const struct bnb_gemm4_block *g,
@@ -159,7 +164,8 @@ static bnb_status launch_fast(const struct bnb_cuda_call *c, const struct bnb_ge
 {
     struct bnb_cuda_gemm4_fast p = fast_of(g, plan, dtype);
     struct bnb_cuda_kernel *kernel = &kernels[plan->kernel][dtype];
-    const size_t bytes = plan->splits > 1 ? (size_t)(plan->splits * g->m * g->n) * sizeof(float) : 0;
+    const int64_t outer = g->grad ? g->k : g->n;
+    const size_t bytes = plan->splits > 1 ? (size_t)(plan->splits * g->m * outer) * sizeof(float) : 0;
     bnb_status status = BNB_OK;
     void *memory = NULL;
     if (bytes > 0)
@@ -167,7 +173,7 @@ static bnb_status launch_fast(const struct bnb_cuda_call *c, const struct bnb_ge
     p.partial = memory;
     if (!status && plan->kernel == BNB_GEMM4_KERNEL_TILE)
         status = bnb_cuda_launch_over(c, g->grad ? &tile_grad[dtype] : kernel, plan->grid, &p);
-    else if (!status && plan->kernel >= BNB_GEMM4_KERNEL_WIDE64)
+    else if (!status && plan->kernel >= BNB_GEMM4_KERNEL_WIDE32)
         status = launch_wide(c, plan, &p, kernel);
     else if (!status)
         status = bnb_cuda_launch_shared(c, kernel, plan->grid, plan->shared, &p);

@@ -47,10 +47,14 @@ static void check_few(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_ca
 static void check_wide(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
                        const struct bnb_gemm4_plan *p, const char *what)
 {
-    CHECK(card->capability == 90 && card->tensor_copies && !s->grad && s->k % 64 == 0, "%s", what);
+    const int64_t inner = s->grad ? s->n : s->k, steps = ceil_of(inner, 64);
+    CHECK(card->capability == 90 && card->tensor_copies, "%s", what);
+    CHECK(s->grad ? s->k % 32 == 0 && s->n % 8 == 0 : s->k % 64 == 0, "%s", what);
+    CHECK(s->grad == (p->kernel >= BNB_GEMM4_KERNEL_GRAD128), "%s", what);
+    CHECK(s->block > 32 || p->kernel > BNB_GEMM4_KERNEL_WIDE64, "%s", what);
     CHECK(p->grid >= 2 && p->grid % 2 == 0 && p->grid <= card->sms, "%s: grid %lld", what, (long long)p->grid);
-    CHECK(p->splits >= 1 && (int64_t)p->splits * p->steps >= s->k / 64, "%s: K is not covered", what);
-    CHECK((int64_t)(p->splits - 1) * p->steps < s->k / 64, "%s: an empty split", what);
+    CHECK(p->splits >= 1 && (int64_t)p->splits * p->steps >= steps, "%s: the sum is not covered", what);
+    CHECK((int64_t)(p->splits - 1) * p->steps < steps, "%s: an empty split", what);
     CHECK(s->experts == 0 || p->splits == 1, "%s: experts in splits", what);
 }
 
@@ -65,7 +69,7 @@ static void check_plan(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_c
     CHECK(able || (s->experts > 0 && p.kernel == BNB_GEMM4_PLAIN), "%s", what);
     if (p.kernel >= BNB_GEMM4_KERNEL_FEW8 && p.kernel <= BNB_GEMM4_KERNEL_FEW64)
         check_few(s, card, &p, what);
-    else if (p.kernel >= BNB_GEMM4_KERNEL_WIDE64 && p.kernel <= BNB_GEMM4_KERNEL_WIDE256)
+    else if (p.kernel >= BNB_GEMM4_KERNEL_WIDE32 && p.kernel <= BNB_GEMM4_KERNEL_GRAD256)
         check_wide(s, card, &p, what);
     else
         CHECK(p.grid >= 1 && p.splits == 1, "%s: grid %lld", what, (long long)p.grid);
@@ -113,9 +117,11 @@ static void check_examples(void)
     CHECK(kernel_for(4096, 4096, 4096, 90, false) == BNB_GEMM4_KERNEL_WIDE256, "prefill");
     CHECK(kernel_for(40, 4096, 4096, 80, false) == BNB_GEMM4_KERNEL_FEW64, "8.0, 40 rows");
     CHECK(kernel_for(65, 4096, 4096, 80, false) == BNB_GEMM4_KERNEL_TILE, "8.0, 65 rows");
-    CHECK(kernel_for(2048, 4096, 4096, 90, true) == BNB_GEMM4_KERNEL_TILE, "gradient");
+    CHECK(kernel_for(2048, 4096, 4096, 90, true) == BNB_GEMM4_KERNEL_GRAD256, "gradient");
+    CHECK(kernel_for(2048, 4096, 4096, 80, true) == BNB_GEMM4_KERNEL_TILE, "8.0, gradient");
     CHECK(kernel_for(1, 4096, 4096, 75, false) == BNB_GEMM4_PLAIN, "7.5");
     CHECK(kernel_for(3, 67, 67, 90, false) == BNB_GEMM4_PLAIN, "odd");
+    CHECK(kernel_for(24, 14336, 4096, 90, false) == BNB_GEMM4_KERNEL_WIDE32, "24 rows");
     CHECK(kernel_for(100, 67, 96, 90, false) == BNB_GEMM4_KERNEL_TILE, "K of whole 32");
 }
 

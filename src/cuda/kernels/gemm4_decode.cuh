@@ -67,4 +67,12 @@ DEVICE void map2_fill(const struct bnb_cuda_gemm4_fast &p, float *map2, unsigned
             map2[i] = __ldg(p.g.scale.code + i);
 }
 
+/* A pair of f16 times a scale each, in f32, rounded to T. */
+template <typename T> DEVICE unsigned scale_pair(const T *tag, unsigned pair, float first, float second)
+{
+    float low, high;
+    f16_pair_values(pair, &low, &high);
+    return quick_pair(tag, low * first, high * second);
+}
+
 #endif

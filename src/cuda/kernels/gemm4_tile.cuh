@@ -101,11 +101,8 @@ DEVICE void tile_decode(const struct bnb_cuda_gemm4_fast &p, unsigned char *memo
     for (int w = 0; w < 4; w++) {
         unsigned r[4];
 #pragma unroll
-        for (int b = 0; b < 4; b++) {
-            float low, high;
-            f16_pair_values(*(const unsigned *)(pairs + (word[w] >> 8 * b & 255) * 32), &low, &high);
-            r[b] = quick_pair(tag, low * scale, high * scale);
-        }
+        for (int b = 0; b < 4; b++)
+            r[b] = scale_pair(tag, *(const unsigned *)(pairs + (word[w] >> 8 * b & 255) * 32), scale, scale);
         *(uint4 *)(to + tile_chunk(row, c + w, across)) = make_uint4(r[0], r[1], r[2], r[3]);
     }
 }

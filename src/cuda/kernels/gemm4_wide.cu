@@ -1,7 +1,7 @@
 /*
- * gemm4_wide.cu - products of many rows of 16-bit activations with a 4-bit weight on compute capability 9.0
+ * gemm4_wide.cu - products of 16-bit activations with a 4-bit weight, forward and gradient, on compute capability 9.0
  */
-#include "cuda/kernels/gemm4_wide.cuh"
+#include "cuda/kernels/gemm4_wide_kernel.cuh"
 
 #if BNB_HAS_DTYPE(BNB_CUDA_F16)
 #define T f16

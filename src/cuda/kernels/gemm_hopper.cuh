@@ -90,6 +90,8 @@ template <int N> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.
 #define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more)
 
 /* d (+)= a b, of 64 rows and two columns for each sum of a thread; what was in d counts where `more`. */
+#define REGISTERS_32 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+
 #define REGISTERS_64                                                                                   \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
     "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
@@ -108,6 +110,24 @@ template <int N> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.
     "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, "     \
     "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
     "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+
+DEVICE void wgmma(const bf16 *, float (&d)[16], const unsigned a[4], uint64_t b, int more)
+{
+    asm volatile("{\n\t.reg .pred more;\n\tsetp.ne.b32 more, %21, 0;\n\t"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " REGISTERS_32
+                 "{%16, %17, %18, %19}, %20, more, 1, 1, 0;\n\t}"
+                 : SUMS16(0)
+                 : OPERANDS);
+}
+
+DEVICE void wgmma(const f16 *, float (&d)[16], const unsigned a[4], uint64_t b, int more)
+{
+    asm volatile("{\n\t.reg .pred more;\n\tsetp.ne.b32 more, %21, 0;\n\t"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 " REGISTERS_32
+                 "{%16, %17, %18, %19}, %20, more, 1, 1, 0;\n\t}"
+                 : SUMS16(0)
+                 : OPERANDS);
+}
 
 DEVICE void wgmma(const bf16 *, float (&d)[32], const unsigned a[4], uint64_t b, int more)
 {
