@@ -258,9 +258,8 @@ typedef struct bnb_gemm4_args {
     const float *values; /* NULL, or the 16 values of the codes, on ex's device: type is not read then.  On the CPU
                             they must be those of NF4 or FP4; on CUDA they may be any, and are not looked at     */
     /* NULL, or the experts of a mixture: W is [experts, n, k], bias [experts, n], and expert e multiplies the rows
-       first[e] .. first[e + 1] - 1 of x into those of out.  first [experts + 1] is device memory, ascends and stays
-       within 0 .. m; rows of no expert are left as they are.  BNB_ENOTSUP: the CPU, f32, `exact`, values, and what
-       the fast kernels cannot take (docs/KERNELS.md)                                                            */
+       first[e] .. first[e + 1] - 1 of x into those of out.  first [experts + 1] is memory of ex's device; it ascends
+       within 0 .. m, which is not looked at on CUDA; rows of no expert are left as they are                      */
     const int64_t *first;
     int64_t experts; /* 1 or more where `first` is given                                          */
 } bnb_gemm4_args;

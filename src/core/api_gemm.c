@@ -37,7 +37,8 @@ static bnb_status check_gemm4(const char *f, const bnb_gemm4_args *g, struct bnb
     BNB_CHECK(bnb_core_check_block4(f, g->block));
     if (!g->values)
         BNB_CHECK(bnb_core_check_type4(f, g->type));
-    if (g->first && (g->experts < 1 || (g->n > 0 && g->k > 0 && g->experts > INT64_MAX / 8 / g->n / g->k)))
+    if (g->first && (g->experts < 1 || g->experts > INT32_MAX ||
+                     (g->n > 0 && g->k > 0 && g->experts > INT64_MAX / 8 / g->n / g->k)))
         return bnb_fail(BNB_EINVAL, "%s: experts is %lld, expected 1 or more, and a weight that fits into memory", f,
                         (long long)g->experts);
     if (grad && g->bias)
@@ -92,8 +93,6 @@ static bnb_status run_gemm4(const bnb_exec *ex, const bnb_gemm4_args *g, bool gr
         BNB_CHECK(set_values(f, ex, g->values, &b));
     if (g->m == 0 || (grad ? g->k : g->n) == 0)
         return BNB_OK;
-    if (g->first && (!ex || ex->device == BNB_CPU))
-        return bnb_fail(BNB_ENOTSUP, "%s: first is given, expected NULL: experts are multiplied on CUDA alone", f);
     BNB_CHECK(bnb_core_check_member(f, device->gemm4 != NULL));
     return device->gemm4(ex, &b, g->dtype);
 }

@@ -65,7 +65,7 @@ bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s
 {
     const int64_t inner = s->grad ? s->n : s->k, experts = s->experts ? s->experts : 1, most = INT32_MAX / 2;
     if (kernel == BNB_GEMM4_PLAIN)
-        return s->experts == 0;
+        return true;
     if (!s->half || !s->aligned || card->capability < 80 || s->m > most || s->n > most / experts || s->k > most)
         return false;
     if (kernel == BNB_GEMM4_KERNEL_TILE)

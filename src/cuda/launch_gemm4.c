@@ -83,10 +83,11 @@ static bnb_status launch_plain(const struct bnb_cuda_call *c, const struct bnb_g
     p.whole = g->k % 8 == 0 && bnb_cuda_aligned(g->codes, 4);
     p.vector = inner % 8 == 0 && bnb_cuda_aligned(g->x, 16);
     p.store = outer % 4 == 0 && bnb_cuda_aligned(g->out, 16);
+    const int64_t more = g->first ? g->experts * bnb_blocks(outer, TILE) : 0; /* the last tile of each may be short */
     if (g->grad)
-        return bnb_cuda_launch_over(c, &grad[dtype], tiles_of(g->m, outer), &p);
-    if (g->m > FEW)
-        return bnb_cuda_launch_over(c, &many[dtype], tiles_of(g->m, outer), &p);
+        return bnb_cuda_launch_over(c, &grad[dtype], tiles_of(g->m, outer) + more, &p);
+    if (g->m > FEW || g->first)
+        return bnb_cuda_launch_over(c, &many[dtype], tiles_of(g->m, outer) + more, &p);
     p.vector = p.vector && g->k % 32 == 0 && bnb_cuda_aligned(g->codes, 16);
     return bnb_cuda_launch_over(c, &few[dtype], bnb_blocks(g->n, WARPS), &p);
 }
@@ -207,11 +208,6 @@ bnb_status bnb_cuda_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, b
         plan = bnb_gemm4_plan_of(&shape, &card, &wish);
     if (plan.kernel != BNB_GEMM4_PLAIN)
         status = launch_fast(&c, g, &plan, dtype);
-    else if (g->first)
-        status = bnb_fail(BNB_ENOTSUP,
-                          "%s: experts are multiplied in 16-bit dtypes, by rows of multiples of 32 "
-                          "elements, on cards from compute capability 8.0 on",
-                          c.function);
     else
         status = launch_plain(&c, g, dtype);
     bnb_cuda_end(&c);

@@ -65,8 +65,7 @@ static void check_plan(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_c
     const struct bnb_gemm4_plan p = bnb_gemm4_plan_of(s, card, wish);
     snprintf(what, sizeof what, "m %lld n %lld k %lld grad %d experts %d on %d: %s", (long long)s->m, (long long)s->n,
              (long long)s->k, s->grad, s->experts, card->capability, bnb_gemm4_kernel_name[p.kernel]);
-    const bool able = bnb_gemm4_can(p.kernel, s, card);
-    CHECK(able || (s->experts > 0 && p.kernel == BNB_GEMM4_PLAIN), "%s", what);
+    CHECK(bnb_gemm4_can(p.kernel, s, card), "%s", what);
     if (p.kernel >= BNB_GEMM4_KERNEL_FEW8 && p.kernel <= BNB_GEMM4_KERNEL_FEW64)
         check_few(s, card, &p, what);
     else if (p.kernel >= BNB_GEMM4_KERNEL_WIDE32 && p.kernel <= BNB_GEMM4_KERNEL_GRAD256)

@@ -32,7 +32,7 @@ enum {
 DEVICE unsigned tile_chunk(int row, int c, int across) { return (unsigned)((row * across + (c ^ row % 8)) * 16); }
 
 struct tile_place {
-    struct walk_tile at;
+    struct walk_tile<int> at;
     int column, inner, outer; /* the first of the result; sizes of the sum and of a row of the result */
 };
 
@@ -206,7 +206,8 @@ DEVICE void tile_table(const struct bnb_cuda_gemm4_fast &p, unsigned char *pairs
 template <typename T, bool GRAD> DEVICE void tile_product(const struct bnb_cuda_gemm4_fast &p)
 {
     SHARED_MEMORY(memory);
-    struct walk w = {(int)blockIdx.x, 0, 0};
+    const struct walk_work work = {p.first, p.g.m, p.experts, p.splits};
+    struct walk<int> w = {(int)blockIdx.x, 0, 0};
     struct tile_place t;
     t.inner = (int)(GRAD ? p.g.n : p.g.k), t.outer = (int)(GRAD ? p.g.k : p.g.n);
     tile_table(p, memory);
@@ -214,7 +215,7 @@ template <typename T, bool GRAD> DEVICE void tile_product(const struct bnb_cuda_
     if (p.g.scale.absmax2 && threadIdx.x == 0)
         ((float *)(memory + TILE_MAP2_AT))[256] = __ldg(p.g.scale.offset);
     __syncthreads();
-    while (walk_next(p, TILE_SIDE, (t.outer + TILE_SIDE - 1) / TILE_SIDE, (int)gridDim.x, &w, &t.at)) {
+    while (walk_next(work, TILE_SIDE, (t.outer + TILE_SIDE - 1) / TILE_SIDE, (int)gridDim.x, &w, &t.at)) {
         t.column = t.at.column * TILE_SIDE;
         tile_result<T, GRAD>(p, t, memory);
     }

@@ -45,7 +45,7 @@ template <int COUNT, int HOW> struct wide_shape {
 /* ---------------------------------------------------------------- tiles */
 
 struct wide_tile {
-    struct walk_tile at;
+    struct walk_tile<int> at;
     int column;      /* of the expert's result, this block's first */
     int step, steps; /* of 64 along the sum */
 };
@@ -53,16 +53,17 @@ struct wide_tile {
 template <class S> DEVICE int wide_inner(const struct bnb_cuda_gemm4_fast &p) { return (int)(S::GRAD ? p.g.n : p.g.k); }
 template <class S> DEVICE int wide_outer(const struct bnb_cuda_gemm4_fast &p) { return (int)(S::GRAD ? p.g.k : p.g.n); }
 
-DEVICE struct walk wide_start()
+DEVICE struct walk<int> wide_start()
 {
-    struct walk w = {(int)blockIdx.x / 2, 0, 0};
+    struct walk<int> w = {(int)blockIdx.x / 2, 0, 0};
     return w;
 }
 
 /* This cluster's next tile; false after its last. */
-template <class S> DEVICE bool wide_next(const struct bnb_cuda_gemm4_fast &p, struct walk *w, struct wide_tile *t)
+template <class S> DEVICE bool wide_next(const struct bnb_cuda_gemm4_fast &p, struct walk<int> *w, struct wide_tile *t)
 {
-    if (!walk_next(p, S::TOKENS, (wide_outer<S>(p) + 255) / 256, (int)gridDim.x / 2, w, &t->at))
+    const struct walk_work work = {p.first, p.g.m, p.experts, p.splits};
+    if (!walk_next(work, S::TOKENS, (wide_outer<S>(p) + 255) / 256, (int)gridDim.x / 2, w, &t->at))
         return false;
     const int left = (wide_inner<S>(p) + 63) / 64 - t->at.split * p.steps;
     t->column = t->at.column * 256 + (int)cluster_rank() * 128;
@@ -76,7 +77,7 @@ template <class S> DEVICE bool wide_next(const struct bnb_cuda_gemm4_fast &p, st
 template <class S>
 DEVICE void wide_bring(const struct bnb_cuda_gemm4_wide &p, unsigned char *memory, uint64_t *full, uint64_t *empty)
 {
-    struct walk walk = wide_start();
+    struct walk<int> walk = wide_start();
     struct wide_tile t;
     const int half = S::TOKENS / 2, rank = (int)cluster_rank();
     int slot = 0;

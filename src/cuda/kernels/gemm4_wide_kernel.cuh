@@ -26,7 +26,7 @@ DEVICE struct wide_thread wide_thread_of(const struct bnb_cuda_gemm4_fast &p, in
 template <typename T, class S>
 DEVICE void wide_multiply(const struct bnb_cuda_gemm4_wide &p, int warp, unsigned char *memory)
 {
-    struct walk walk = wide_start();
+    struct walk<int> walk = wide_start();
     struct wide_tile t;
     struct wide_thread w = wide_thread_of<S>(p.fast, warp, memory);
     while (wide_next<S>(p.fast, &walk, &t)) {
