@@ -274,6 +274,14 @@ BNB_API bnb_status bnb_gemm4(const bnb_exec *ex, const bnb_gemm4_args *args);
 /* bnb_gemm4_grad() - out [m, k] = x [m, n] W: the gradient of the input, given that of the output.  bias is NULL. */
 BNB_API bnb_status bnb_gemm4_grad(const bnb_exec *ex, const bnb_gemm4_args *args);
 
+/*
+ * bnb_gemm4_plan() - which kernel this thread's last product with a 4-bit weight on CUDA took, and how it cut the work:
+ * "few8 splits 1 bands 7 slices 2 steps 8 depth 4", for measuring; "" before.  Valid until the thread's next product.
+ * BNB_GEMM4="wide128,splits,bands,depth" in the environment asks for another; zeros and missing numbers leave the choice,
+ * and what cannot be is passed over.  Where it is set at the first product, it is read again at each.
+ */
+BNB_API const char *bnb_gemm4_plan(void);
+
 /* ---------------------------------------------------------------- LLM.int8() */
 
 /* A row-major matrix [rows, cols] of f32, f16 or bf16 that a call reads. */

@@ -2,9 +2,11 @@
  * api_gemm.c - the public matrix products: check everything, call the device
  */
 #include <math.h>
+#include <stdio.h>
 
 #include "core/check.h"
 #include "core/internal.h"
+#include "core/plan_gemm4.h"
 
 /* Product of two sizes in elements, refused where the bytes of the largest dtype would overflow. */
 static bnb_status check_sizes(const char *f, int64_t m, int64_t n, int64_t k)
@@ -100,6 +102,25 @@ static bnb_status run_gemm4(const bnb_exec *ex, const bnb_gemm4_args *g, bool gr
 bnb_status bnb_gemm4(const bnb_exec *ex, const bnb_gemm4_args *args) { return run_gemm4(ex, args, false); }
 
 bnb_status bnb_gemm4_grad(const bnb_exec *ex, const bnb_gemm4_args *args) { return run_gemm4(ex, args, true); }
+
+static _Thread_local struct bnb_gemm4_plan last_plan;
+static _Thread_local bool planned;
+
+void bnb_gemm4_note(const struct bnb_gemm4_plan *plan)
+{
+    last_plan = *plan;
+    planned = true;
+}
+
+const char *bnb_gemm4_plan(void)
+{
+    static _Thread_local char text[128];
+    const struct bnb_gemm4_plan *p = &last_plan;
+    if (planned)
+        snprintf(text, sizeof text, "%s splits %d bands %d slices %d steps %d depth %d",
+                 bnb_gemm4_kernel_name[p->kernel], p->splits, p->bands, p->slices, p->steps, p->depth);
+    return text;
+}
 
 /* ---- int8 */
 

@@ -7,8 +7,9 @@
 
 #include "core/internal.h"
 
-const char *const bnb_gemm4_kernel_name[BNB_GEMM4_KERNELS] = {
-    "plain", "few8", "few16", "few32", "few64", "wide32", "wide64", "wide128", "wide256", "grad128", "grad256", "tile"};
+const char *const bnb_gemm4_kernel_name[BNB_GEMM4_KERNELS] = {"",        "plain",   "few8",   "few16",   "few32",
+                                                              "few64",   "wide32",  "wide64", "wide128", "wide256",
+                                                              "grad128", "grad256", "tile"};
 
 /* Of kernels few8, few16, ... */
 static const struct few {
@@ -64,8 +65,8 @@ int bnb_gemm4_tokens(enum bnb_gemm4_kernel kernel) { return wide[kernel - BNB_GE
 bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card)
 {
     const int64_t inner = s->grad ? s->n : s->k, experts = s->experts ? s->experts : 1, most = INT32_MAX / 2;
-    if (kernel == BNB_GEMM4_PLAIN)
-        return true;
+    if (kernel == BNB_GEMM4_ANY || kernel == BNB_GEMM4_PLAIN)
+        return kernel == BNB_GEMM4_PLAIN;
     if (!s->half || !s->aligned || card->capability < 80 || s->m > most || s->n > most / experts || s->k > most)
         return false;
     if (kernel == BNB_GEMM4_KERNEL_TILE)
@@ -197,7 +198,7 @@ struct bnb_gemm4_plan bnb_gemm4_plan_of(const struct bnb_gemm4_shape *s, const s
     static const struct bnb_gemm4_wish none = {0};
     wish = wish ? wish : &none;
     const enum bnb_gemm4_kernel wanted = (enum bnb_gemm4_kernel)wish->kernel;
-    const bool able = wanted > BNB_GEMM4_PLAIN && wanted < BNB_GEMM4_KERNELS && bnb_gemm4_can(wanted, s, card);
+    const bool able = wanted > BNB_GEMM4_ANY && wanted < BNB_GEMM4_KERNELS && bnb_gemm4_can(wanted, s, card);
     const enum bnb_gemm4_kernel kernel = able ? wanted : choose(s, card);
     if (is_few(kernel))
         return plan_few(kernel, s, card, wish);

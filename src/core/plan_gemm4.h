@@ -27,6 +27,7 @@
 #include <stdint.h>
 
 enum bnb_gemm4_kernel {
+    BNB_GEMM4_ANY,   /* of a wish: whatever is chosen */
     BNB_GEMM4_PLAIN, /* any shape, any card: f32 arithmetic */
     BNB_GEMM4_KERNEL_FEW8,
     BNB_GEMM4_KERNEL_FEW16,
@@ -77,6 +78,9 @@ bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s
 /* A wish that cannot be fulfilled is passed over.  m, n, k > 0; wish may be NULL. */
 struct bnb_gemm4_plan bnb_gemm4_plan_of(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
                                         const struct bnb_gemm4_wish *wish);
+
+/* What bnb_gemm4_plan() is to tell. */
+void bnb_gemm4_note(const struct bnb_gemm4_plan *plan);
 #endif
 
 #endif

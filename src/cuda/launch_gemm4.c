@@ -1,8 +1,7 @@
 /*
  * launch_gemm4.c - products with a 4-bit weight on CUDA: what core/plan_gemm4.c chooses, with its arguments
  *
- * BNB_GEMM4="wide128,splits,bands,depth" asks for a kernel and how it cuts the work, for measuring; zeros and missing
- * numbers leave the choice, and what cannot be is passed over.  It is read once.
+ * BNB_GEMM4 asks for another kernel, for measuring: bitsandbytes.h.
  */
 #include <pthread.h>
 #include <stdlib.h>
@@ -45,14 +44,17 @@ static struct bnb_cuda_kernel sum[3] = HALVES("gemm4_few", "bnb_k_gemm4_sum", 25
 
 /* ---------------------------------------------------------------- what was asked for */
 
-static struct bnb_gemm4_wish wish;
+static bool measuring;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-static void read_wish(void)
+static void see_wish(void) { measuring = getenv("BNB_GEMM4") != NULL; }
+
+static struct bnb_gemm4_wish read_wish(void)
 {
+    struct bnb_gemm4_wish wish = {0};
     const char *text = getenv("BNB_GEMM4");
     const size_t length = text ? strcspn(text, ",") : 0;
-    for (int i = 0; text && i < BNB_GEMM4_KERNELS; i++)
+    for (int i = BNB_GEMM4_PLAIN; text && i < BNB_GEMM4_KERNELS; i++)
         if (strlen(bnb_gemm4_kernel_name[i]) == length && strncmp(text, bnb_gemm4_kernel_name[i], length) == 0)
             wish.kernel = i;
     int *const numbers[] = {&wish.splits, &wish.bands, &wish.depth};
@@ -61,6 +63,7 @@ static void read_wish(void)
         if (text)
             *numbers[i] = (int)strtol(++text, NULL, 10);
     }
+    return wish;
 }
 
 /* ---------------------------------------------------------------- the plain kernels */
@@ -190,7 +193,8 @@ bnb_status bnb_cuda_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, b
     bnb_status status = bnb_cuda_begin(&c, ex, g->grad ? "gemm4_grad" : "gemm4");
     if (status || !c.card)
         return status;
-    pthread_once(&once, read_wish);
+    pthread_once(&once, see_wish);
+    const struct bnb_gemm4_wish wish = measuring ? read_wish() : (struct bnb_gemm4_wish){0};
     const int64_t block2 = g->scale.absmax2 ? g->scale.block2 : 1;
     const struct bnb_gemm4_card card = {c.card->capability, c.card->sms, c.card->shared_bytes,
                                         c.card->cu->tensor_map != NULL};
@@ -206,6 +210,7 @@ bnb_status bnb_cuda_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, b
     struct bnb_gemm4_plan plan = {.kernel = BNB_GEMM4_PLAIN};
     if (g->n > 0 && g->k > 0)
         plan = bnb_gemm4_plan_of(&shape, &card, &wish);
+    bnb_gemm4_note(&plan);
     if (plan.kernel != BNB_GEMM4_PLAIN)
         status = launch_fast(&c, g, &plan, dtype);
     else
