@@ -1,5 +1,7 @@
 """Products of all experts in one call: against float64, on the CPU and on CUDA; blocks that cross experts; refusals."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -32,7 +34,7 @@ def first_of(counts, experts):
 
 def reference(x, w, first, bias=None):
     """x W_e^T + bias_e and the sum of magnitudes, in float64."""
-    parts = [product(x[a:b], w[e]) for e, (a, b) in enumerate(zip(first[:-1], first[1:], strict=True))]
+    parts = [product(x[a:b], w[e]) for e, (a, b) in enumerate(itertools.pairwise(first))]
     if bias is not None:
         parts = [(y + b.double(), m + b.double().abs()) for (y, m), b in zip(parts, bias, strict=True)]
     return tuple(torch.cat(each) for each in zip(*parts, strict=True))

@@ -1,4 +1,4 @@
-"""The forward of fused experts whose weights are in 4 bits: products with the codes themselves, all experts in one call.
+"""The forward of fused experts in 4 bits: products with the codes themselves, all experts in one call.
 
 Transformers asks a table for the forward of its expert modules, by the name in config._experts_implementation.
 use_codes() enters one there, "bitsandbytes_4bit", and puts its name where the default stood.  It sorts the tokens by
