@@ -157,6 +157,24 @@ static int most_shared(const struct bnb_cuda_call *c, const struct bnb_cuda_kern
     return kernel->shared == BNB_CUDA_ALL_SHARED ? c->card->shared_bytes : kernel->shared;
 }
 
+/* The kernel of a module; not one made from PTX that is too old to hold its body: then from its text, for this card. */
+static bnb_status find_kernel(const struct bnb_cuda_call *c, const struct bnb_cuda_kernel *kernel,
+                              const struct bnb_cuda_image *image, cu_module *module, cu_function *function)
+{
+    const struct bnb_driver *cu = c->card->cu;
+    int version = kernel->least;
+    bnb_status status =
+        bnb_cuda_check(cu, cu->module_function(function, *module, kernel->name), c->function, kernel->name);
+    if (!status && kernel->least > 0)
+        status = bnb_cuda_check(cu, cu->function_attribute(&version, CU_FUNCTION_PTX_VERSION, *function), c->function,
+                                "cuFuncGetAttribute");
+    if (status || version >= kernel->least)
+        return status;
+    status = compile_module(c, image, kernel->dtype, module);
+    return status ? status
+                  : bnb_cuda_check(cu, cu->module_function(function, *module, kernel->name), c->function, kernel->name);
+}
+
 static bnb_status load_kernel(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, cu_function *function)
 {
     const struct bnb_driver *cu = c->card->cu;
@@ -168,8 +186,7 @@ static bnb_status load_kernel(const struct bnb_cuda_call *c, struct bnb_cuda_ker
     cu->capture_mode(&mode);
     bnb_status status = slot[kernel->dtype + 1] ? BNB_OK : load_module(c, image, kernel->dtype, slot);
     if (!status)
-        status = bnb_cuda_check(cu, cu->module_function(function, slot[kernel->dtype + 1], kernel->name), c->function,
-                                kernel->name);
+        status = find_kernel(c, kernel, image, &slot[kernel->dtype + 1], function);
     if (!status) /* the driver may load lazily: now, not at a launch that is captured */
         status = bnb_cuda_check(cu, cu->function_attribute(&ignored, CU_FUNCTION_LOCAL_BYTES, *function), c->function,
                                 "cuFuncGetAttribute");

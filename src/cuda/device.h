@@ -33,6 +33,7 @@ struct bnb_cuda_kernel {
     const char *name;  /* as the device code exports it                          */
     int dtype;         /* the variant's bnb_dtype, or -1 where there is only one */
     int threads;       /* of a block */
+    int least;         /* compute capability below which its body is empty */
     int shared;        /* bytes of dynamic shared memory of a block; BNB_CUDA_ALL_SHARED: told at a launch   */
     struct {
         atomic_uintptr_t function; /* its cu_function; 0: not loaded yet */

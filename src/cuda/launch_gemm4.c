@@ -21,26 +21,39 @@ enum { WIDE_THREADS = 384, WIDE_FIXED = 65536 + 2 * 8192 + 1024 + 128, WIDE_CODE
 enum { TILE_THREADS = 256, TILE_SHARED = 8192 + 1024 + 128 + 4 * 128 * 64 * 2 + 2 * 128 * 64 / 2 };
 
 /* The two variants of a kernel: f16, bf16; an initialiser of struct bnb_cuda_kernel [BNB_FLOATS], of which [0] is empty. */
-#define HALVES(file, prefix, count, bytes)                                                                         \
-    {                                                                                                              \
-        [BNB_F16] = {.image = file, .name = prefix "_f16", .dtype = BNB_F16, .threads = count, .shared = bytes},   \
-        [BNB_BF16] = {.image = file, .name = prefix "_bf16", .dtype = BNB_BF16, .threads = count, .shared = bytes} \
+#define HALVES(file, since, prefix, count, bytes) \
+    {                                             \
+        [BNB_F16] = {.image = file,               \
+                     .name = prefix "_f16",       \
+                     .dtype = BNB_F16,            \
+                     .threads = count,            \
+                     .least = since,              \
+                     .shared = bytes},            \
+        [BNB_BF16] = {.image = file,              \
+                      .name = prefix "_bf16",     \
+                      .dtype = BNB_BF16,          \
+                      .threads = count,           \
+                      .least = since,             \
+                      .shared = bytes}            \
     }
 
 static struct bnb_cuda_kernel kernels[BNB_GEMM4_KERNELS][3] = {
-    [BNB_GEMM4_KERNEL_FEW8] = HALVES("gemm4_few", "bnb_k_gemm4_few8", 640, BNB_CUDA_ALL_SHARED),
-    [BNB_GEMM4_KERNEL_FEW16] = HALVES("gemm4_few", "bnb_k_gemm4_few16", 512, BNB_CUDA_ALL_SHARED),
-    [BNB_GEMM4_KERNEL_FEW32] = HALVES("gemm4_few", "bnb_k_gemm4_few32", 320, BNB_CUDA_ALL_SHARED),
-    [BNB_GEMM4_KERNEL_FEW64] = HALVES("gemm4_few", "bnb_k_gemm4_few64", 256, BNB_CUDA_ALL_SHARED),
-    [BNB_GEMM4_KERNEL_WIDE32] = HALVES("gemm4_wide", "bnb_k_gemm4_wide32", WIDE_THREADS, WIDE_SHARED(32, 8)),
-    [BNB_GEMM4_KERNEL_WIDE64] = HALVES("gemm4_wide", "bnb_k_gemm4_wide64", WIDE_THREADS, WIDE_SHARED(64, 8)),
-    [BNB_GEMM4_KERNEL_WIDE128] = HALVES("gemm4_wide", "bnb_k_gemm4_wide128", WIDE_THREADS, WIDE_SHARED(128, 6)),
-    [BNB_GEMM4_KERNEL_WIDE256] = HALVES("gemm4_wide", "bnb_k_gemm4_wide256", WIDE_THREADS, WIDE_SHARED(256, 4)),
-    [BNB_GEMM4_KERNEL_GRAD128] = HALVES("gemm4_wide", "bnb_k_gemm4_wide_grad128", WIDE_THREADS, WIDE_SHARED(128, 6)),
-    [BNB_GEMM4_KERNEL_GRAD256] = HALVES("gemm4_wide", "bnb_k_gemm4_wide_grad256", WIDE_THREADS, WIDE_SHARED(256, 4)),
-    [BNB_GEMM4_KERNEL_TILE] = HALVES("gemm4_tile", "bnb_k_gemm4_tile", TILE_THREADS, TILE_SHARED)};
-static struct bnb_cuda_kernel tile_grad[3] = HALVES("gemm4_tile", "bnb_k_gemm4_tile_grad", TILE_THREADS, TILE_SHARED);
-static struct bnb_cuda_kernel sum[3] = HALVES("gemm4_few", "bnb_k_gemm4_sum", 256, 0);
+    [BNB_GEMM4_KERNEL_FEW8] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few8", 640, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_FEW16] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few16", 512, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_FEW32] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few32", 320, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_FEW64] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few64", 256, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_WIDE32] = HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide32", WIDE_THREADS, WIDE_SHARED(32, 8)),
+    [BNB_GEMM4_KERNEL_WIDE64] = HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide64", WIDE_THREADS, WIDE_SHARED(64, 8)),
+    [BNB_GEMM4_KERNEL_WIDE128] = HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide128", WIDE_THREADS, WIDE_SHARED(128, 6)),
+    [BNB_GEMM4_KERNEL_WIDE256] = HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide256", WIDE_THREADS, WIDE_SHARED(256, 4)),
+    [BNB_GEMM4_KERNEL_GRAD128] =
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad128", WIDE_THREADS, WIDE_SHARED(128, 6)),
+    [BNB_GEMM4_KERNEL_GRAD256] =
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad256", WIDE_THREADS, WIDE_SHARED(256, 4)),
+    [BNB_GEMM4_KERNEL_TILE] = HALVES("gemm4_tile", 80, "bnb_k_gemm4_tile", TILE_THREADS, TILE_SHARED)};
+static struct bnb_cuda_kernel tile_grad[3] =
+    HALVES("gemm4_tile", 80, "bnb_k_gemm4_tile_grad", TILE_THREADS, TILE_SHARED);
+static struct bnb_cuda_kernel sum[3] = HALVES("gemm4_few", 80, "bnb_k_gemm4_sum", 256, 0);
 
 /* ---------------------------------------------------------------- what was asked for */
 

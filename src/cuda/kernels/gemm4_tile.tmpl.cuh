@@ -9,15 +9,14 @@
 #define TILE_BODY(GRAD) tile_product<T, GRAD>(p)
 #endif
 
-extern "C" __global__ void __launch_bounds__(256, 2)
-    NAME(bnb_k_gemm4_tile)(const __grid_constant__ struct bnb_cuda_gemm4_fast p)
+extern "C" __global__ void __launch_bounds__(256, 2) NAME(bnb_k_gemm4_tile)(const IN_PLACE struct bnb_cuda_gemm4_fast p)
 {
     TILE_BODY(false);
 }
 
 /* out [m, k] = x [m, n] W */
 extern "C" __global__ void __launch_bounds__(256, 2)
-    NAME(bnb_k_gemm4_tile_grad)(const __grid_constant__ struct bnb_cuda_gemm4_fast p)
+    NAME(bnb_k_gemm4_tile_grad)(const IN_PLACE struct bnb_cuda_gemm4_fast p)
 {
     TILE_BODY(true);
 }
