@@ -6,6 +6,9 @@
  * thread brings codes and activations by tensor copies, RING steps of 64 along the sum ahead; each block brings half of
  * the activations, to both.  The operand of a step is decoded while the step before multiplies.
  *
+ * The matrix units serve warpgroups in turn: while one multiplies, the other decodes.  Both at once would only share the
+ * units, and leave them idle when both decode.
+ *
  * full[s]: the copies of slot s have landed.  empty[s]: all warps of both blocks are done with slot s.  Both ends walk
  * over the same tiles and steps, so that slots and phases agree; peers leave together, for they signal each other.
  */
@@ -116,16 +119,23 @@ template <class S> DEVICE void wide_release(const struct wide_thread &w)
         barrier_arrive_at(w.empty + w.previous, (unsigned)w.lane);
 }
 
+/* This warpgroup's turn to multiply has come; it is the other's. */
+enum { WIDE_TURN = 3 };
+DEVICE void wide_turn_wait(const struct wide_thread &w) { some_barrier(WIDE_TURN + w.group, 256); }
+DEVICE void wide_turn_pass(const struct wide_thread &w) { some_arrive(WIDE_TURN + 1 - w.group, 256); }
+
 /* The products of the step whose codes are in `a`: d (+)= a x. */
 template <typename T, class S>
 DEVICE void wide_products(struct wide_thread *w, const unsigned a[4][4], bool more, float (&d)[S::SUMS])
 {
     const uint64_t b = wgmma_operand(w->memory + S::X_AT + w->slot * S::X_BYTES);
+    wide_turn_wait(*w);
     wgmma_begin();
 #pragma unroll
     for (int q = 0; q < 4; q++)
         wgmma((const T *)nullptr, d, a[q], b + 2 * q, more || q > 0);
     wgmma_commit();
+    wide_turn_pass(*w);
 }
 
 DEVICE void wide_turn(struct wide_thread *w, int ring)

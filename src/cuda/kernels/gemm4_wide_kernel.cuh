@@ -29,6 +29,8 @@ DEVICE void wide_multiply(const struct bnb_cuda_gemm4_wide &p, int warp, unsigne
     struct walk<int> walk = wide_start();
     struct wide_tile t;
     struct wide_thread w = wide_thread_of<S>(p.fast, warp, memory);
+    if (w.group == 1)
+        wide_turn_pass(w); /* the first turn is that of group 0 */
     while (wide_next<S>(p.fast, &walk, &t)) {
         float sums[S::SUMS];
         if constexpr (S::GRAD)
@@ -40,6 +42,8 @@ DEVICE void wide_multiply(const struct bnb_cuda_gemm4_wide &p, int warp, unsigne
         else
             wide_store<T, S>(p, t, w, sums);
     }
+    if (w.group == 0)
+        wide_turn_wait(w);
 }
 
 /* Values of the table: scaled ones are rounded to T only then. */

@@ -53,6 +53,9 @@ template <int N> DEVICE void copies_wait() { asm volatile("cp.async.wait_group %
 /* `count` threads of the block, all of whole warps, meet at barrier `id`, 1 to 15. */
 DEVICE void some_barrier(int id, int count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
 
+/* Count as one of them, and go on. */
+DEVICE void some_arrive(int id, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory"); }
+
 /* Eight bytes of shared memory with a phase, which `count` arrivals end. */
 DEVICE void barrier_init(uint64_t *barrier, int count)
 {
