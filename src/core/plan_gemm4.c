@@ -37,30 +37,36 @@ static const struct limit {
 /* Adding up the sums of splits: a launch, and memory that is written once and read once. */
 enum { SUM_NS = 2500, SUM_BYTES_PER_NS = 2500, FEWEST_STEPS = 4, SPLITS_MOST = 16, PAIR = 256, TILE = 128 };
 
+/* Rows of the weight that the copy engine takes at a time. */
+enum { BOX = 256 };
+
 /* Below this, where rows of the weight begin anywhere, the plain kernel reads them better than tiles do. */
 enum { FEWEST_ROWS = 8 };
 
 static bool is_few(enum bnb_gemm4_kernel k) { return k >= BNB_GEMM4_KERNEL_FEW8 && k <= BNB_GEMM4_KERNEL_FEW64; }
 static bool is_wide(enum bnb_gemm4_kernel k) { return k >= BNB_GEMM4_KERNEL_WIDE32 && k <= BNB_GEMM4_KERNEL_GRAD256; }
 
-/* A step: codes and scales of every band, activations once for all of them; and all of it as a block has it. */
+/* A step: codes of every band, activations once for all of them; and all of it as a block has it. */
 static void few_memory(const struct few *f, const struct bnb_gemm4_shape *s, struct bnb_gemm4_plan *p)
 {
-    const int rows = p->bands * f->tiles * 16, scales = s->block == 32 ? f->width / 32 : f->width / 64;
+    p->rows = p->bands * f->tiles * 16;
     const int sums = p->bands * p->slices * f->tiles * f->tokens * BNB_GEMM4_FEW_SUMS * 4;
-    p->stage = p->slices * (rows * (f->width / 2 + scales * 4) + (int)s->m * f->width * 2);
-    p->stage = (p->stage + 127) / 128 * 128;
-    p->shared = BNB_GEMM4_FEW_FIXED + (p->depth * p->stage > sums ? p->depth * p->stage : sums);
+    p->stage = p->slices * (p->rows * (f->width / 2) + (int)s->m * f->width * 2);
+    p->stage = (p->stage + 1023) / 1024 * 1024;
+    const int stages = p->depth * p->stage + (f->tokens > 1 ? f->tokens * 8 * 128 : 0); /* rows beyond m are read too */
+    p->shared = BNB_GEMM4_FEW_FIXED + (stages > sums ? stages : sums);
 }
 
 static bool few_fits(const struct few *f, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
                      struct bnb_gemm4_plan *p)
 {
     few_memory(f, s, p);
-    return p->shared <= card->shared_bytes;
+    return p->shared <= card->shared_bytes && p->rows <= BOX && p->slices * f->width / 64 <= BOX;
 }
 
 int bnb_gemm4_tokens(enum bnb_gemm4_kernel kernel) { return wide[kernel - BNB_GEMM4_KERNEL_WIDE32].tokens; }
+
+int bnb_gemm4_width(enum bnb_gemm4_kernel kernel) { return few[kernel - BNB_GEMM4_KERNEL_FEW8].width; }
 
 bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card)
 {
@@ -71,7 +77,7 @@ bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s
         return false;
     if (kernel == BNB_GEMM4_KERNEL_TILE)
         return s->k % 32 == 0 && inner % 8 == 0;
-    if (is_wide(kernel) && (card->capability != 90 || !card->tensor_copies))
+    if (is_wide(kernel) ? card->capability != 90 || !card->tensor_copies : card->capability == 90 && !card->tensor_copies)
         return false;
     if (kernel >= BNB_GEMM4_KERNEL_GRAD128)
         return s->grad && s->k % 32 == 0 && inner % 8 == 0;
@@ -81,7 +87,7 @@ bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s
         return kernel > BNB_GEMM4_KERNEL_WIDE64 || s->block > 32;
     const struct few *f = &few[kernel - BNB_GEMM4_KERNEL_FEW8];
     struct bnb_gemm4_plan least = {.bands = 1, .slices = 1, .depth = 2};
-    return s->experts == 0 && s->m <= 8 * f->tokens && few_fits(f, s, card, &least);
+    return s->experts == 0 && s->m <= 8 * f->tokens && s->n * (s->k / 64) < UINT32_MAX && few_fits(f, s, card, &least);
 }
 
 /* ---------------------------------------------------------------- few rows */

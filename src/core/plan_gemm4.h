@@ -16,7 +16,7 @@
 
 /* Steps under way at most, and shared memory before the steps: the table of pairs, a map, barriers. */
 #define BNB_GEMM4_FEW_DEEPEST 8
-#define BNB_GEMM4_FEW_FIXED (65536 + 1024 + 128)
+#define BNB_GEMM4_FEW_FIXED (65536 + 2048)
 
 /* Of a tile of sums when warps meet, in floats. */
 #define BNB_GEMM4_FEW_SUMS 160
@@ -65,12 +65,15 @@ struct bnb_gemm4_wish { int kernel, splits, bands, depth; };
 struct bnb_gemm4_plan {
     enum bnb_gemm4_kernel kernel;
     int bands, slices, splits, steps, depth, stage; /* as struct bnb_cuda_gemm4_fast has them */
-    int shared;                                     /* few: bytes of shared memory of a block */
+    int rows, shared;                               /* few: of the weight, bytes of shared memory, of a block */
     int64_t grid;                                   /* blocks */
 };
 
 /* Rows of activations in a tile of a wide kernel. */
 int bnb_gemm4_tokens(enum bnb_gemm4_kernel kernel);
+
+/* Elements of K in a run of a kernel for few rows. */
+int bnb_gemm4_width(enum bnb_gemm4_kernel kernel);
 
 /* Can this kernel multiply this shape on this card? */
 bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card);

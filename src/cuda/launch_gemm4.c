@@ -140,32 +140,79 @@ static struct bnb_cuda_gemm4_fast fast_of(const struct bnb_gemm4_block *g, const
     return p;
 }
 
-static bnb_status make_map(const struct bnb_cuda_call *c, struct bnb_cuda_map *map, int type, const void *data,
-                           const uint64_t sizes[2], const unsigned box[2], int swizzle)
+/* A tensor for the copy engine, whose lines along dimension i are strides[i - 1] bytes apart. */
+struct tensor {
+    const void *data;
+    int type, swizzle;
+    unsigned dimensions;
+    uint64_t sizes[3], strides[2];
+    unsigned box[3];
+};
+
+static bnb_status make_map(const struct bnb_cuda_call *c, struct bnb_cuda_map *map, const struct tensor *t)
 {
-    const uint64_t stride = sizes[0] << (type == CU_MAP_UINT16);
-    const unsigned ones[2] = {1, 1};
+    const unsigned ones[3] = {1, 1, 1};
     return bnb_cuda_check(c->card->cu,
-                          c->card->cu->tensor_map(map, type, 2, (void *)(uintptr_t)data, sizes, &stride, box, ones, 0,
-                                                  swizzle, CU_MAP_PROMOTE_128, 0),
+                          c->card->cu->tensor_map(map, t->type, t->dimensions, (void *)(uintptr_t)t->data, t->sizes,
+                                                  t->strides, t->box, ones, 0, t->swizzle, CU_MAP_PROMOTE_128, 0),
                           c->function, "cuTensorMapEncodeTiled");
 }
 
-static bnb_status launch_wide(const struct bnb_cuda_call *c, const struct bnb_gemm4_plan *plan,
-                              const struct bnb_cuda_gemm4_fast *fast, struct bnb_cuda_kernel *kernel)
+/* Rows of codes, of all experts. */
+static struct tensor codes_of(const struct bnb_cuda_gemm4_fast *p, unsigned bytes, unsigned rows, int swizzle)
 {
-    struct bnb_cuda_gemm4_wide p = {.fast = *fast};
-    const struct bnb_gemm4_block *g = &fast->g;
-    const unsigned tokens = (unsigned)bnb_gemm4_tokens(plan->kernel);
-    const uint64_t x[2] = {(uint64_t)(g->grad ? g->n : g->k), (uint64_t)g->m};
-    const uint64_t codes[2] = {(uint64_t)g->k / 2, (uint64_t)(g->n * fast->experts)};
-    const unsigned box[2] = {g->grad ? 64 : 32, g->grad ? 64 : 128};
-    bnb_status status =
-        make_map(c, &p.x, CU_MAP_UINT16, g->x, x, (const unsigned[2]){64, tokens / 2}, CU_MAP_SWIZZLE_128);
+    const struct bnb_gemm4_block *g = &p->g;
+    return (struct tensor){.data = g->codes,
+                           .type = CU_MAP_UINT8,
+                           .swizzle = swizzle,
+                           .dimensions = 2,
+                           .sizes = {(uint64_t)g->k / 2, (uint64_t)(g->n * p->experts)},
+                           .strides = {(uint64_t)g->k / 2},
+                           .box = {bytes, rows}};
+}
+
+static bnb_status launch_wide(const struct bnb_cuda_call *c, const struct bnb_gemm4_plan *plan,
+                              struct bnb_cuda_gemm4_wide *p, struct bnb_cuda_kernel *kernel)
+{
+    const struct bnb_gemm4_block *g = &p->fast.g;
+    const uint64_t inner = (uint64_t)(g->grad ? g->n : g->k);
+    const struct tensor x = {.data = g->x,
+                             .type = CU_MAP_UINT16,
+                             .swizzle = CU_MAP_SWIZZLE_128,
+                             .dimensions = 2,
+                             .sizes = {inner, (uint64_t)g->m},
+                             .strides = {2 * inner},
+                             .box = {64, (unsigned)bnb_gemm4_tokens(plan->kernel) / 2}};
+    const struct tensor codes = g->grad ? codes_of(&p->fast, 64, 64, CU_MAP_SWIZZLE_64)
+                                        : codes_of(&p->fast, 32, 128, CU_MAP_SWIZZLE_NONE);
+    bnb_status status = make_map(c, &p->x, &x);
     if (!status)
-        status = make_map(c, &p.codes, CU_MAP_UINT8, g->codes, codes, box,
-                          g->grad ? CU_MAP_SWIZZLE_64 : CU_MAP_SWIZZLE_NONE);
-    return status ? status : bnb_cuda_launch(c, kernel, plan->grid, &p);
+        status = make_map(c, &p->codes, &codes);
+    return status ? status : bnb_cuda_launch(c, kernel, plan->grid, p);
+}
+
+/* On 9.0 the copy engine brings runs of codes, and of activations all of a step: for each 64 of K, all rows. */
+static bnb_status launch_few(const struct bnb_cuda_call *c, const struct bnb_gemm4_plan *plan,
+                             struct bnb_cuda_gemm4_wide *p, struct bnb_cuda_kernel *kernel)
+{
+    const struct bnb_gemm4_block *g = &p->fast.g;
+    const unsigned width = (unsigned)bnb_gemm4_width(plan->kernel);
+    const struct tensor x = {.data = g->x,
+                             .type = CU_MAP_UINT16,
+                             .swizzle = CU_MAP_SWIZZLE_128,
+                             .dimensions = 3,
+                             .sizes = {64, (uint64_t)g->m, (uint64_t)g->k / 64},
+                             .strides = {2 * (uint64_t)g->k, 128},
+                             .box = {64, (unsigned)g->m, width / 64 * (unsigned)plan->slices}};
+    const int swizzle = width == 256 ? CU_MAP_SWIZZLE_128 : width == 128 ? CU_MAP_SWIZZLE_64 : CU_MAP_SWIZZLE_32;
+    const struct tensor codes = codes_of(&p->fast, width / 2, (unsigned)plan->rows, swizzle);
+    bnb_status status = BNB_OK;
+    if (c->card->capability == 90) {
+        status = make_map(c, &p->x, &x);
+        if (!status)
+            status = make_map(c, &p->codes, &codes);
+    }
+    return status ? status : bnb_cuda_launch_shared(c, kernel, plan->grid, plan->shared, p);
 }
 
 static bnb_status launch_sum(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm4_fast *p, bnb_dtype dtype)
@@ -179,7 +226,7 @@ static bnb_status launch_sum(const struct bnb_cuda_call *c, const struct bnb_cud
 static bnb_status launch_fast(const struct bnb_cuda_call *c, const struct bnb_gemm4_block *g,
                               const struct bnb_gemm4_plan *plan, bnb_dtype dtype)
 {
-    struct bnb_cuda_gemm4_fast p = fast_of(g, plan, dtype);
+    struct bnb_cuda_gemm4_wide p = {.fast = fast_of(g, plan, dtype)};
     struct bnb_cuda_kernel *kernel = &kernels[plan->kernel][dtype];
     const int64_t outer = g->grad ? g->k : g->n;
     const size_t bytes = plan->splits > 1 ? (size_t)(plan->splits * g->m * outer) * sizeof(float) : 0;
@@ -187,15 +234,15 @@ static bnb_status launch_fast(const struct bnb_cuda_call *c, const struct bnb_ge
     void *memory = NULL;
     if (bytes > 0)
         status = bnb_cuda_alloc(c, bytes, &memory);
-    p.partial = memory;
+    p.fast.partial = memory;
     if (!status && plan->kernel == BNB_GEMM4_KERNEL_TILE)
-        status = bnb_cuda_launch_over(c, g->grad ? &tile_grad[dtype] : kernel, plan->grid, &p);
+        status = bnb_cuda_launch_over(c, g->grad ? &tile_grad[dtype] : kernel, plan->grid, &p.fast);
     else if (!status && plan->kernel >= BNB_GEMM4_KERNEL_WIDE32)
         status = launch_wide(c, plan, &p, kernel);
     else if (!status)
-        status = bnb_cuda_launch_shared(c, kernel, plan->grid, plan->shared, &p);
+        status = launch_few(c, plan, &p, kernel);
     if (!status && memory)
-        status = launch_sum(c, &p, dtype);
+        status = launch_sum(c, &p.fast, dtype);
     bnb_cuda_free(c, memory, bytes);
     return status;
 }

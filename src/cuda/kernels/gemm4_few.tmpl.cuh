@@ -10,25 +10,25 @@
 #define FEW_BODY(shape) few_product<T, few_shape<shape>>(p)
 #endif
 
-extern "C" __global__ void __launch_bounds__(640, 1) NAME(bnb_k_gemm4_few8)(const IN_PLACE struct bnb_cuda_gemm4_fast p)
+extern "C" __global__ void __launch_bounds__(640, 1) NAME(bnb_k_gemm4_few8)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     FEW_BODY(BNB_GEMM4_FEW8);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1)
-    NAME(bnb_k_gemm4_few16)(const IN_PLACE struct bnb_cuda_gemm4_fast p)
+    NAME(bnb_k_gemm4_few16)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     FEW_BODY(BNB_GEMM4_FEW16);
 }
 
 extern "C" __global__ void __launch_bounds__(320, 1)
-    NAME(bnb_k_gemm4_few32)(const IN_PLACE struct bnb_cuda_gemm4_fast p)
+    NAME(bnb_k_gemm4_few32)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     FEW_BODY(BNB_GEMM4_FEW32);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
-    NAME(bnb_k_gemm4_few64)(const IN_PLACE struct bnb_cuda_gemm4_fast p)
+    NAME(bnb_k_gemm4_few64)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     FEW_BODY(BNB_GEMM4_FEW64);
 }

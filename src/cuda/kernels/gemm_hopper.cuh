@@ -57,6 +57,16 @@ DEVICE void copy_box(void *to, const struct bnb_cuda_map *map, int x, int y, uin
         : "memory");
 }
 
+/* The same of a tensor of three dimensions. */
+DEVICE void copy_box3(void *to, const struct bnb_cuda_map *map, int x, int y, int z, uint64_t *barrier)
+{
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+        "[%5];" ::"r"(shared_address(to)),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
+        : "memory");
+}
+
 /* To the blocks of the cluster whose bits are set. */
 DEVICE void copy_box_to(void *to, const struct bnb_cuda_map *map, int x, int y, uint64_t *barrier, int blocks)
 {
