@@ -13,7 +13,7 @@ const char *const bnb_gemm4_kernel_name[BNB_GEMM4_KERNELS] = {"",        "plain"
 
 /* Of kernels few8, few16, ... */
 static const struct few {
-    int tiles, tokens, width, warps, bringers;
+    int tiles, tokens, width, warps, bringers, registers;
 } few[] = {{BNB_GEMM4_FEW8}, {BNB_GEMM4_FEW16}, {BNB_GEMM4_FEW32}, {BNB_GEMM4_FEW64}};
 
 /* Of kernels wide32, ... grad256: rows of activations in a tile, and the time of a step of 64 along the sum. */

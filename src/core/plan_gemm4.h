@@ -8,11 +8,11 @@
 #define BNB_CORE_PLAN_GEMM4_H
 
 /* Kernels for few rows of activations: tiles of 16 rows of the weight in a band, tiles of 8 rows of activations, elements of
- * K in a run, warps that multiply, and warps that bring. */
-#define BNB_GEMM4_FEW8 1, 1, 256, 16, 4
-#define BNB_GEMM4_FEW16 2, 2, 128, 12, 4
-#define BNB_GEMM4_FEW32 2, 4, 128, 8, 2
-#define BNB_GEMM4_FEW64 2, 8, 64, 6, 2
+ * K in a run, warps that multiply, and warps that bring; registers of a thread that multiplies, where it may choose. */
+#define BNB_GEMM4_FEW8 1, 1, 256, 16, 4, 112
+#define BNB_GEMM4_FEW16 2, 2, 128, 12, 4, 152
+#define BNB_GEMM4_FEW32 2, 4, 128, 8, 4, 208
+#define BNB_GEMM4_FEW64 2, 8, 64, 4, 4, 232
 
 /* Steps under way at most, and shared memory before the steps: the table of pairs, a map, barriers. */
 #define BNB_GEMM4_FEW_DEEPEST 8

@@ -40,7 +40,7 @@ enum { TILE_THREADS = 256, TILE_SHARED = 8192 + 1024 + 128 + 4 * 128 * 64 * 2 + 
 static struct bnb_cuda_kernel kernels[BNB_GEMM4_KERNELS][3] = {
     [BNB_GEMM4_KERNEL_FEW8] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few8", 640, BNB_CUDA_ALL_SHARED),
     [BNB_GEMM4_KERNEL_FEW16] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few16", 512, BNB_CUDA_ALL_SHARED),
-    [BNB_GEMM4_KERNEL_FEW32] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few32", 320, BNB_CUDA_ALL_SHARED),
+    [BNB_GEMM4_KERNEL_FEW32] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few32", 384, BNB_CUDA_ALL_SHARED),
     [BNB_GEMM4_KERNEL_FEW64] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few64", 256, BNB_CUDA_ALL_SHARED),
     [BNB_GEMM4_KERNEL_WIDE32] = HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide32", WIDE_THREADS, WIDE_SHARED(32, 8)),
     [BNB_GEMM4_KERNEL_WIDE64] = HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide64", WIDE_THREADS, WIDE_SHARED(64, 8)),

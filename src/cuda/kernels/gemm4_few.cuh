@@ -23,7 +23,7 @@
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 
 /* RT tiles of 16 rows in a band, NT tiles of 8 rows of activations, WARPS that multiply, MORE that bring. */
-template <int RT, int NT, int KW, int WARPS, int MORE> struct few_shape {
+template <int RT, int NT, int KW, int WARPS, int MORE, int REGISTERS> struct few_shape {
     enum {
         TILES = RT,
         TOKENS = NT,
@@ -37,6 +37,7 @@ template <int RT, int NT, int KW, int WARPS, int MORE> struct few_shape {
         MAP2_AT = PAIRS,
         BARRIERS_AT = MAP2_AT + 1024,
         STAGES_AT = BNB_GEMM4_FEW_FIXED,
+        MOST = REGISTERS, /* of a thread that multiplies, on 9.0 */
         SUMS = BNB_GEMM4_FEW_SUMS /* floats of a tile of sums: eight rows of 16, 20 apart */
     };
 };
@@ -389,9 +390,9 @@ DEVICE void few_store(const struct bnb_cuda_gemm4_fast &p, float *memory, const 
             to[j * 20] = sums[r][t][0], to[j * 20 + 20] = sums[r][t][1];
             to[j * 20 + 8] = sums[r][t][2], to[j * 20 + 28] = sums[r][t][3];
         }
-    __syncthreads();
+    some_barrier(2, S::MULTIPLIERS);
     const int m = (int)p.g.m;
-    for (int i = (int)threadIdx.x; i < w.band_rows * m; i += S::MULTIPLIERS + S::BRINGERS) {
+    for (int i = (int)threadIdx.x; i < w.band_rows * m; i += S::MULTIPLIERS) {
         const int row = i % w.band_rows, token = i / w.band_rows;
         const int band = row / S::ROWS, tile = row % S::ROWS / 16 * NT + token / 8;
         const float *from = memory + band * p.slices * OWN + tile * S::SUMS + token % 8 * 20 + row % 16;
@@ -419,13 +420,23 @@ template <class S> DEVICE bool few_is_together(const struct bnb_cuda_gemm4_fast 
            (!p.g.scale.absmax2 || S::PARTS >> p.shift2 <= 1);
 }
 
+/* On 9.0 those who bring leave their registers to the others. */
+template <int COUNT> DEVICE void few_registers()
+{
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if constexpr (COUNT > 24)
+        registers_to<COUNT>();
+    else
+        registers_down_to<24>();
+#endif
+}
+
 template <typename T, class S> DEVICE void few_product(const struct bnb_cuda_gemm4_wide &p)
 {
     SHARED_MEMORY(memory);
     const struct bnb_cuda_gemm4_fast &f = p.fast;
     const struct few_place w = few_place_of<S>(f);
     const int warp = warp_number();
-    float sums[S::TILES][S::TOKENS][4] = {};
     if (warp >= S::MULTIPLIERS / 32) {
         uint64_t *full = (uint64_t *)(memory + S::BARRIERS_AT), *empty = full + BNB_GEMM4_FEW_DEEPEST;
         if (threadIdx.x == S::MULTIPLIERS) {
@@ -441,20 +452,24 @@ template <typename T, class S> DEVICE void few_product(const struct bnb_cuda_gem
             barriers_ready();
 #endif
         }
+        few_registers<24>();
         some_barrier(1, S::BRINGERS);
         some_arrive(2, S::MULTIPLIERS + S::BRINGERS);
         few_bring<T, S>(p, w, memory);
-    } else if (f.shift == 5) {
-        few_multiply<T, S, FEW_NARROW>(f, w, warp, memory, sums);
-    } else if (!few_is_together<S>(f)) {
-        few_multiply<T, S, FEW_ANYWHERE>(f, w, warp, memory, sums);
-    } else if (f.g.scale.absmax2) {
-        few_multiply<T, S, FEW_NESTED>(f, w, warp, memory, sums);
     } else {
-        few_multiply<T, S, FEW_PLAIN>(f, w, warp, memory, sums);
+        float sums[S::TILES][S::TOKENS][4] = {};
+        few_registers<S::MOST>();
+        if (f.shift == 5)
+            few_multiply<T, S, FEW_NARROW>(f, w, warp, memory, sums);
+        else if (!few_is_together<S>(f))
+            few_multiply<T, S, FEW_ANYWHERE>(f, w, warp, memory, sums);
+        else if (f.g.scale.absmax2)
+            few_multiply<T, S, FEW_NESTED>(f, w, warp, memory, sums);
+        else
+            few_multiply<T, S, FEW_PLAIN>(f, w, warp, memory, sums);
+        some_barrier(2, S::MULTIPLIERS);
+        few_store<T, S>(f, (float *)(memory + S::STAGES_AT), sums);
     }
-    __syncthreads();
-    few_store<T, S>(f, (float *)(memory + S::STAGES_AT), sums);
 }
 
 #endif

@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     FEW_BODY(BNB_GEMM4_FEW16);
 }
 
-extern "C" __global__ void __launch_bounds__(320, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
     NAME(bnb_k_gemm4_few32)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     FEW_BODY(BNB_GEMM4_FEW32);
