@@ -12,7 +12,7 @@
 #define BNB_GEMM4_FEW8 1, 1, 256, 16, 4, 112
 #define BNB_GEMM4_FEW16 2, 2, 128, 12, 4, 152
 #define BNB_GEMM4_FEW32 2, 4, 128, 8, 4, 208
-#define BNB_GEMM4_FEW64 2, 8, 64, 4, 4, 232
+#define BNB_GEMM4_FEW64 2, 8, 64, 6, 2, 0
 
 /* Steps under way at most, and shared memory before the steps: the table of pairs, a map, barriers. */
 #define BNB_GEMM4_FEW_DEEPEST 8

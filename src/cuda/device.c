@@ -26,7 +26,7 @@ static bnb_status open_card(struct bnb_cuda_card *card, int ordinal, const char 
 {
     const struct bnb_driver *cu = bnb_cuda_driver(f);
     cu_device device = 0;
-    int count = 0, major = 0, minor = 0;
+    int count = 0, major = 0, minor = 0, version = 0;
     if (!cu)
         return BNB_EDEVICE;
     bnb_status status = bnb_cuda_check(cu, cu->device_count(&count), f, "cuDeviceGetCount");
@@ -48,6 +48,9 @@ static bnb_status open_card(struct bnb_cuda_card *card, int ordinal, const char 
                                 "cuDeviceGetAttribute");
     if (!status)
         status = bnb_cuda_check(cu, cu->primary_retain(&card->context, device), f, "cuDevicePrimaryCtxRetain");
+    if (!status)
+        status = bnb_cuda_check(cu, cu->driver_version(&version), f, "cuDriverGetVersion");
+    card->early = cu->launch_as && version >= 12030 && major >= 9;
     card->cu = cu;
     card->ordinal = ordinal;
     card->capability = 10 * major + minor;
@@ -240,16 +243,39 @@ bnb_status bnb_cuda_launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel
     return launch(c, kernel, grid, false, kernel->shared, arguments);
 }
 
-bnb_status bnb_cuda_launch_shared(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
-                                  int shared, const void *arguments)
-{
-    return launch(c, kernel, grid, false, shared, arguments);
-}
-
 bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t work,
                                 const void *arguments)
 {
     return launch(c, kernel, work, true, kernel->shared, arguments);
+}
+
+bnb_status bnb_cuda_launch_as(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
+                              struct bnb_cuda_manner manner, const void *arguments)
+{
+    const struct bnb_driver *cu = c->card->cu;
+    const int shared = manner.shared ? manner.shared : kernel->shared;
+    struct cu_launch_attribute attribute[2];
+    cu_function function = NULL;
+    unsigned count = 0;
+    manner.early = manner.early && c->card->early;
+    if (!cu->launch_as || (manner.cluster <= 1 && !manner.early))
+        return launch(c, kernel, grid, false, shared, arguments);
+    const bnb_status status = kernel_on(c, kernel, &function);
+    if (status)
+        return status;
+    if (manner.cluster > 1)
+        attribute[count++] =
+            (struct cu_launch_attribute){CU_LAUNCH_CLUSTER, {.cluster = {(unsigned)manner.cluster, 1, 1}}};
+    if (manner.early)
+        attribute[count++] = (struct cu_launch_attribute){CU_LAUNCH_EARLY, {.early = 1}};
+    const struct cu_launch_config config = {.grid = {(unsigned)grid, 1, 1},
+                                            .block = {(unsigned)kernel->threads, 1, 1},
+                                            .shared_bytes = (unsigned)shared,
+                                            .stream = c->stream,
+                                            .attributes = attribute,
+                                            .count = count};
+    void *parameters[] = {(void *)(uintptr_t)arguments};
+    return bnb_cuda_check(cu, cu->launch_as(&config, function, parameters, NULL), c->function, kernel->name);
 }
 
 bnb_status bnb_cuda_run(const bnb_exec *ex, const char *function, struct bnb_cuda_kernel *kernel, int64_t work,

@@ -22,6 +22,7 @@ struct bnb_cuda_card {
     int capability; /* 90 for compute capability 9.0 */
     int sms;
     int shared_bytes; /* the most that a kernel can have */
+    bool early;       /* early launches, in graphs too   */
 };
 
 /* Of a kernel whose launches ask for different amounts, each no more than card->shared_bytes. */
@@ -72,9 +73,16 @@ bnb_status bnb_cuda_launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel
 bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t work,
                                 const void *arguments);
 
-/* The first, with `shared` bytes of dynamic shared memory, of a kernel of BNB_CUDA_ALL_SHARED. */
-bnb_status bnb_cuda_launch_shared(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
-                                  int shared, const void *arguments);
+/* How a launch differs: blocks of a cluster, 0 or 1 for none; early: it may come to the card before the launch before it is
+ * done, for which the kernel waits by itself; shared: bytes of dynamic shared memory, of a kernel of BNB_CUDA_ALL_SHARED.
+ * On drivers without such launches it is a plain one, cluster <= 1 then. */
+struct bnb_cuda_manner {
+    int cluster;
+    bool early;
+    int shared;
+};
+bnb_status bnb_cuda_launch_as(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
+                              struct bnb_cuda_manner manner, const void *arguments);
 
 /* A call that is one such launch. */
 bnb_status bnb_cuda_run(const bnb_exec *ex, const char *function, struct bnb_cuda_kernel *kernel, int64_t work,

@@ -49,6 +49,8 @@ enum {
     CU_CAPTURE_RELAXED = 2,
     CU_EVENT_NO_TIMING = 2,
     CU_STREAM_NON_BLOCKING = 1,
+    CU_LAUNCH_CLUSTER = 4,
+    CU_LAUNCH_EARLY = 6, /* "programmatic stream serialization" */
     CU_MAP_UINT8 = 0,
     CU_MAP_UINT16 = 1,
     CU_MAP_SWIZZLE_NONE = 0,
@@ -56,6 +58,23 @@ enum {
     CU_MAP_SWIZZLE_64 = 2,
     CU_MAP_SWIZZLE_128 = 3,
     CU_MAP_PROMOTE_128 = 2
+};
+
+/* CUlaunchAttribute and CUlaunchConfig. */
+struct cu_launch_attribute {
+    int id;
+    union {
+        char size[64];
+        unsigned cluster[3];
+        int early;
+    } value __attribute__((aligned(8)));
+};
+
+struct cu_launch_config {
+    unsigned grid[3], block[3], shared_bytes;
+    cu_stream stream;
+    struct cu_launch_attribute *attributes;
+    unsigned count;
 };
 
 /* X(member, symbol, parameters) */
@@ -102,6 +121,8 @@ enum {
 
 /* The same for symbols that older drivers lack: the member is NULL there. */
 #define BNB_DRIVER_OPTIONAL_MAP(X)                                                                        \
+    X(launch_as, cuLaunchKernelEx,                                                                        \
+      (const struct cu_launch_config *config, cu_function function, void **parameters, void **extra))     \
     X(tensor_map, cuTensorMapEncodeTiled,                                                                 \
       (void *map, int type, unsigned rank, void *address, const uint64_t *sizes, const uint64_t *strides, \
        const unsigned *box, const unsigned *element_strides, int interleave, int swizzle, int promotion, int fill))

@@ -188,7 +188,7 @@ static bnb_status launch_wide(const struct bnb_cuda_call *c, const struct bnb_ge
     bnb_status status = make_map(c, &p->x, &x);
     if (!status)
         status = make_map(c, &p->codes, &codes);
-    return status ? status : bnb_cuda_launch(c, kernel, plan->grid, p);
+    return status ? status : bnb_cuda_launch_as(c, kernel, plan->grid, (struct bnb_cuda_manner){.early = true}, p);
 }
 
 /* On 9.0 the copy engine brings runs of codes, and of activations all of a step: for each 64 of K, all rows. */
@@ -197,6 +197,7 @@ static bnb_status launch_few(const struct bnb_cuda_call *c, const struct bnb_gem
 {
     const struct bnb_gemm4_block *g = &p->fast.g;
     const unsigned width = (unsigned)bnb_gemm4_width(plan->kernel);
+    const struct bnb_cuda_manner manner = {.early = true, .shared = plan->shared};
     const struct tensor x = {.data = g->x,
                              .type = CU_MAP_UINT16,
                              .swizzle = CU_MAP_SWIZZLE_128,
@@ -212,7 +213,7 @@ static bnb_status launch_few(const struct bnb_cuda_call *c, const struct bnb_gem
         if (!status)
             status = make_map(c, &p->codes, &codes);
     }
-    return status ? status : bnb_cuda_launch_shared(c, kernel, plan->grid, plan->shared, p);
+    return status ? status : bnb_cuda_launch_as(c, kernel, plan->grid, manner, p);
 }
 
 static bnb_status launch_sum(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm4_fast *p, bnb_dtype dtype)
@@ -220,7 +221,8 @@ static bnb_status launch_sum(const struct bnb_cuda_call *c, const struct bnb_cud
     const struct bnb_gemm4_block *g = &p->g;
     const int64_t outer = g->grad ? g->k : g->n;
     const struct bnb_cuda_gemm4_sum s = {p->partial, g->bias, g->out, g->m, outer, p->splits};
-    return bnb_cuda_launch_over(c, &sum[dtype], bnb_blocks(g->m * outer, 256), &s);
+    const int64_t blocks = bnb_blocks(g->m * outer, 256), most = 8 * (int64_t)c->card->sms;
+    return bnb_cuda_launch_as(c, &sum[dtype], blocks < most ? blocks : most, (struct bnb_cuda_manner){.early = true}, &s);
 }
 
 static bnb_status launch_fast(const struct bnb_cuda_call *c, const struct bnb_gemm4_block *g,

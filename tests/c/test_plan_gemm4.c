@@ -29,16 +29,17 @@ static void check_few(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_ca
     const struct few *f = &few[p->kernel - BNB_GEMM4_KERNEL_FEW8];
     const int64_t units = ceil_of(s->k, f->width);
     const int64_t codes = (int64_t)p->bands * f->rows * f->width / 2, x = s->m * f->width * 2;
-    const int64_t scales = (int64_t)p->bands * f->rows * (f->width / (s->block == 32 ? 32 : 64)) * 4;
-    const int64_t stage = p->slices * (codes + x + scales), fixed = 65536 + 1024 + 128;
+    const int64_t stage = p->slices * (codes + x), fixed = 65536 + 2048;
     const int64_t sums = p->bands * p->slices * (f->rows / 16) * (f->tokens / 8) * 160 * 4;
     CHECK(s->m <= f->tokens && s->k % 64 == 0, "%s", what);
     CHECK(p->bands >= 1 && p->slices >= 1 && p->bands * p->slices <= f->warps, "%s: %d bands, %d slices", what,
           p->bands, p->slices);
     CHECK(p->depth >= 1 && p->depth <= 8 && p->depth <= p->steps, "%s: depth %d", what, p->depth);
-    CHECK(p->stage >= stage && p->stage % 128 == 0, "%s: stage %d, expected %lld", what, p->stage, (long long)stage);
+    CHECK(p->stage >= stage && p->stage % 1024 == 0, "%s: stage %d, expected %lld", what, p->stage, (long long)stage);
     CHECK(p->shared >= fixed + p->depth * stage && p->shared >= fixed + sums, "%s: shared %d", what, p->shared);
     CHECK(p->shared <= card->shared_bytes, "%s: shared %d", what, p->shared);
+    CHECK(p->rows == p->bands * f->rows && p->rows <= 256, "%s: %d rows", what, p->rows);
+    CHECK(p->slices * f->width / 64 <= 256 && s->n * s->k / 64 < UINT32_MAX, "%s: %d slices", what, p->slices);
     CHECK(p->splits >= 1 && (int64_t)p->splits * p->steps * p->slices >= units, "%s: K is not covered", what);
     CHECK((int64_t)(p->splits - 1) * p->steps * p->slices < units, "%s: an empty split", what);
     CHECK(p->grid == p->splits * ceil_of(ceil_of(s->n, f->rows), p->bands), "%s: grid %lld", what, (long long)p->grid);

@@ -336,7 +336,6 @@ DEVICE void few_multiply(const struct bnb_cuda_gemm4_fast &p, const struct few_p
     const int lane = (int)threadIdx.x % 32, g = lane / 4, j = lane % 4, slice = warp % p.slices;
     const int row = slice * w.band_rows + warp / p.slices * S::ROWS + few_row<S::CHUNKS>(g);
     const unsigned char *map2 = memory + S::MAP2_AT;
-    const float offset = p.g.scale.absmax2 ? __ldg(p.g.scale.offset) : 0.0f;
     uint64_t *full = (uint64_t *)(memory + S::BARRIERS_AT), *empty = full + BNB_GEMM4_FEW_DEEPEST;
     struct few_lane first, l;
     struct few_scales<S, HOW> s;
@@ -347,6 +346,7 @@ DEVICE void few_multiply(const struct bnb_cuda_gemm4_fast &p, const struct few_p
     int slot = 0, k = w.k + slice * S::WIDTH;
     unsigned parity = 0;
     few_begin<T, S, HOW>(p, w, warp, k, memory, &s);
+    const float offset = p.g.scale.absmax2 ? __ldg(p.g.scale.offset) : 0.0f;
     if (warp >= p.bands * p.slices)
         return;
 #pragma unroll 1
@@ -420,13 +420,13 @@ template <class S> DEVICE bool few_is_together(const struct bnb_cuda_gemm4_fast 
            (!p.g.scale.absmax2 || S::PARTS >> p.shift2 <= 1);
 }
 
-/* On 9.0 those who bring leave their registers to the others. */
-template <int COUNT> DEVICE void few_registers()
+/* On 9.0 those who bring leave their registers to the others; MOST: 0 where there are enough. */
+template <int MOST, bool MULTIPLIES> DEVICE void few_registers()
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if constexpr (COUNT > 24)
-        registers_to<COUNT>();
-    else
+    if constexpr (MOST > 0 && MULTIPLIES)
+        registers_to<MOST>();
+    else if constexpr (MOST > 0)
         registers_down_to<24>();
 #endif
 }
@@ -437,6 +437,7 @@ template <typename T, class S> DEVICE void few_product(const struct bnb_cuda_gem
     const struct bnb_cuda_gemm4_fast &f = p.fast;
     const struct few_place w = few_place_of<S>(f);
     const int warp = warp_number();
+    let_next_launch_come();
     if (warp >= S::MULTIPLIERS / 32) {
         uint64_t *full = (uint64_t *)(memory + S::BARRIERS_AT), *empty = full + BNB_GEMM4_FEW_DEEPEST;
         if (threadIdx.x == S::MULTIPLIERS) {
@@ -452,13 +453,14 @@ template <typename T, class S> DEVICE void few_product(const struct bnb_cuda_gem
             barriers_ready();
 #endif
         }
-        few_registers<24>();
+        few_registers<S::MOST, false>();
         some_barrier(1, S::BRINGERS);
         some_arrive(2, S::MULTIPLIERS + S::BRINGERS);
+        wait_for_launch_before();
         few_bring<T, S>(p, w, memory);
     } else {
         float sums[S::TILES][S::TOKENS][4] = {};
-        few_registers<S::MOST>();
+        few_registers<S::MOST, true>();
         if (f.shift == 5)
             few_multiply<T, S, FEW_NARROW>(f, w, warp, memory, sums);
         else if (!few_is_together<S>(f))

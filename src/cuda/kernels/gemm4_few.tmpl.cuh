@@ -37,6 +37,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_gemm4_sum)(const struct bnb_cuda_gemm4_sum s)
 {
     const int64_t total = s.m * s.n, step = (int64_t)gridDim.x * 256;
+    let_next_launch_come();
+    wait_for_launch_before();
     for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < total; i += step) {
         float sum = 0.0f;
         for (int j = 0; j < s.splits; j++)

@@ -60,6 +60,7 @@ template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_ge
     SHARED_MEMORY(memory);
     uint64_t *full = (uint64_t *)(memory + S::BARRIERS_AT), *empty = full + S::RING;
     const int warp = warp_number();
+    let_next_launch_come();
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::RING; i++) {
             barrier_init(full + i, 1);
@@ -68,6 +69,7 @@ template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_ge
         barriers_ready();
     }
     wide_table<T, S>(p.fast, memory);
+    wait_for_launch_before();
     map2_fill(p.fast, (float *)(memory + S::MAP2_AT), threadIdx.x, 384);
     __syncthreads();
     cluster_barrier();

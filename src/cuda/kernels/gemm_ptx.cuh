@@ -6,7 +6,7 @@
 #ifndef BNB_CUDA_GEMM_PTX_CUH
 #define BNB_CUDA_GEMM_PTX_CUH
 
-#include "cuda/kernels/device.cuh"
+#include "cuda/kernels/early.cuh"
 
 /* The dynamic shared memory of a block. */
 #define SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
