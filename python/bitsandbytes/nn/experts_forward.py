@@ -48,7 +48,9 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     experts, order = torch.sort(top_k_index.reshape(-1))
     first = torch.searchsorted(experts, torch.arange(module.num_experts + 1, device=experts.device))
     # Tokens that another process computes come with larger numbers, and last; their rows are not computed here.
-    foreign = (experts >= module.num_experts).unsqueeze(-1) if module._is_expert_parallel else None
+    # Transformers before 5.24 do not say whether there are some.
+    shared = getattr(module, "_is_expert_parallel", True)
+    foreign = (experts >= module.num_experts).unsqueeze(-1) if shared else None
     if foreign is not None:
         experts = experts.clamp(max=module.num_experts - 1)
     x = _without(hidden_states[order // top_k_index.shape[-1]], foreign)
@@ -56,7 +58,7 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     x = _without(x, foreign)
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
     x = _without(_product(module, "down_proj", down, x, first, experts), foreign)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         x = module.post_expert_norm(x)
     x = x * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
