@@ -75,6 +75,17 @@ template <class S> DEVICE bool wide_next(const struct bnb_cuda_gemm4_fast &p, st
     return true;
 }
 
+/* The same for a whole warp, in numbers that the compiler knows to be the same for all of it. */
+template <class S>
+DEVICE bool wide_next_of_warp(const struct bnb_cuda_gemm4_fast &p, struct walk<int> *w, struct wide_tile *t)
+{
+    const bool there = same_in_warp(wide_next<S>(p, w, t));
+    t->at.token = same_in_warp(t->at.token), t->at.end = same_in_warp(t->at.end);
+    t->at.expert = same_in_warp(t->at.expert), t->at.split = same_in_warp(t->at.split);
+    t->column = same_in_warp(t->column), t->step = same_in_warp(t->step), t->steps = same_in_warp(t->steps);
+    return there;
+}
+
 /* ---------------------------------------------------------------- copies */
 
 template <class S>

@@ -32,13 +32,13 @@ DEVICE void wide_scales_load(const struct bnb_cuda_gemm4_fast &p, const struct w
     }
 }
 
-/* Top and low of step `i`, of both halves; every lane of the warp calls. */
-template <class S>
+/* Top and low of step `i`, of both halves; every lane of the warp calls.  EVEN: whether i is. */
+template <class S, bool EVEN>
 DEVICE void wide_scales_of(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, const struct wide_thread &w,
                            int i, struct wide_rows *r, float scale[4])
 {
     const float *map2 = (const float *)(w.memory + S::MAP2_AT);
-    if (i % 4 == 0) {
+    if (EVEN && i % 4 == 0) {
         r->scale[0] = scale4_value(p, r->raw.top[0], map2, w.offset) * p.shrink;
         r->scale[1] = scale4_value(p, r->raw.low[0], map2, w.offset) * p.shrink;
         if (S::MODE == WIDE_WEIGHTS && p.shift == 5) {
@@ -76,12 +76,12 @@ DEVICE void wide_decode(const unsigned char *pairs, const unsigned char *codes, 
 }
 
 /* Decode step `i` of the tile into `a`, start its products, and free the slot of the step before. */
-template <typename T, class S>
+template <typename T, class S, bool EVEN>
 DEVICE void wide_step(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, int i, struct wide_thread *w,
                       struct wide_rows *r, unsigned a[4][4], float (&sums)[S::SUMS])
 {
     float scale[4];
-    wide_scales_of<S>(p, t, *w, i, r, scale);
+    wide_scales_of<S, EVEN>(p, t, *w, i, r, scale);
     barrier_wait(w->full + w->slot, w->parity);
     wide_decode<T, S::MODE>(w->memory, w->memory + S::CODES_AT + w->slot * S::CODES + w->first * 32, scale, a);
     wide_products<T, S>(w, a, i > 0, sums);
@@ -101,24 +101,24 @@ template <int COUNT> DEVICE void wide_fold(float (&sums)[COUNT], const float (&p
 }
 
 /* Start the products of step `i` alone, into `part`; scale: its top and low. */
-template <typename T, class S>
+template <typename T, class S, bool EVEN>
 DEVICE void wide_start_part(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, int i,
                             struct wide_thread *w, struct wide_rows *r, unsigned a[4][4], float (&part)[S::SUMS],
                             float scale[4])
 {
-    wide_scales_of<S>(p, t, *w, i, r, scale);
+    wide_scales_of<S, EVEN>(p, t, *w, i, r, scale);
     barrier_wait(w->full + w->slot, w->parity);
     wide_decode<T, S::MODE>(w->memory, w->memory + S::CODES_AT + w->slot * S::CODES + w->first * 32, scale, a);
     wide_products<T, S>(w, a, false, part);
 }
 
 /* The same, and the end of the step before, whose products and scale are `last` and `before`. */
-template <typename T, class S>
+template <typename T, class S, bool EVEN>
 DEVICE void wide_step_sums(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, int i, struct wide_thread *w,
                            struct wide_rows *r, unsigned a[4][4], float (&sums)[S::SUMS], float (&part)[S::SUMS],
                            float scale[4], float (&last)[S::SUMS], const float before[4])
 {
-    wide_start_part<T, S>(p, t, i, w, r, a, part, scale);
+    wide_start_part<T, S, EVEN>(p, t, i, w, r, a, part, scale);
     wgmma_wait<1>();
     wide_fold(sums, last, before);
     wide_release<S>(*w);
@@ -135,15 +135,15 @@ DEVICE void wide_tile_sums(const struct bnb_cuda_gemm4_fast &p, const struct wid
 #pragma unroll
     for (int i = 0; i < S::SUMS; i++)
         sums[i] = 0.0f;
-    wide_start_part<T, S>(p, t, 0, w, r, even, first, scale);
+    wide_start_part<T, S, true>(p, t, 0, w, r, even, first, scale);
     wide_turn(w, S::RING);
     int i = 1;
     for (; i + 1 < t.steps; i += 2) {
-        wide_step_sums<T, S>(p, t, i, w, r, odd, sums, second, other, first, scale);
-        wide_step_sums<T, S>(p, t, i + 1, w, r, even, sums, first, scale, second, other);
+        wide_step_sums<T, S, false>(p, t, i, w, r, odd, sums, second, other, first, scale);
+        wide_step_sums<T, S, true>(p, t, i + 1, w, r, even, sums, first, scale, second, other);
     }
     if (i < t.steps) {
-        wide_step_sums<T, S>(p, t, i, w, r, odd, sums, second, other, first, scale);
+        wide_step_sums<T, S, false>(p, t, i, w, r, odd, sums, second, other, first, scale);
         wgmma_wait<0>();
         wide_fold(sums, second, other);
     } else {
@@ -168,9 +168,9 @@ DEVICE void wide_tile_forward(const struct bnb_cuda_gemm4_fast &p, const struct 
     } else {
         unsigned even[4][4], odd[4][4];
         for (int i = 0; i < t.steps; i += 2) {
-            wide_step<T, S>(p, t, i, w, &r, even, sums);
+            wide_step<T, S, true>(p, t, i, w, &r, even, sums);
             if (i + 1 < t.steps)
-                wide_step<T, S>(p, t, i + 1, w, &r, odd, sums);
+                wide_step<T, S, false>(p, t, i + 1, w, &r, odd, sums);
         }
         wgmma_wait<0>();
     }

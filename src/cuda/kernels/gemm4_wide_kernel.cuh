@@ -31,7 +31,7 @@ DEVICE void wide_multiply(const struct bnb_cuda_gemm4_wide &p, int warp, unsigne
     struct wide_thread w = wide_thread_of<S>(p.fast, warp, memory);
     if (w.group == 1)
         wide_turn_pass(w); /* the first turn is that of group 0 */
-    while (wide_next<S>(p.fast, &walk, &t)) {
+    while (wide_next_of_warp<S>(p.fast, &walk, &t)) {
         float sums[S::SUMS];
         if constexpr (S::GRAD)
             wide_tile_grad<T, S>(p.fast, t, &w, sums);

@@ -27,9 +27,12 @@ DEVICE void f16_pair_values(unsigned pair, float *low, float *high)
         : "r"(pair));
 }
 
-/* This warp's number, in a form that the compiler knows to be the same for all of its threads: addresses that depend on
- * nothing else then stay in uniform registers. */
-DEVICE int warp_number() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }
+/* A number that is the same in all lanes, in a form that the compiler knows to be so: addresses that depend on nothing else
+ * then stay in uniform registers. */
+DEVICE int same_in_warp(int number) { return __shfl_sync(0xffffffffu, number, 0); }
+
+/* This warp's number. */
+DEVICE int warp_number() { return same_in_warp((int)threadIdx.x / 32); }
 
 #if __CUDA_ARCH__ >= 800
 
