@@ -19,7 +19,7 @@ static const struct few {
 /* Of kernels wide32, ... grad256: rows of activations in a tile, and the time of a step of 64 along the sum. */
 static const struct wide {
     int tokens, step_ns;
-} wide[] = {{32, 200}, {64, 210}, {128, 330}, {256, 600}, {128, 340}, {256, 620}};
+} wide[] = {{32, 303}, {64, 361}, {128, 495}, {256, 765}, {128, 510}, {256, 800}};
 
 /* The largest m of each kernel on cards with wgmma, and on others; where one cannot, the next that can.  What follows the
  * few is chosen by its time. */
@@ -34,8 +34,9 @@ static const struct limit {
               {INT64_MAX, 0, BNB_GEMM4_KERNEL_GRAD256},
               {0, INT64_MAX, BNB_GEMM4_KERNEL_TILE}};
 
-/* Adding up the sums of splits: a launch, and memory that is written once and read once. */
-enum { SUM_NS = 2500, SUM_BYTES_PER_NS = 2500, FEWEST_STEPS = 4, SPLITS_MOST = 16, PAIR = 256, TILE = 128 };
+/* What a tile costs beside its steps, as steps.  Adding up the sums of splits: a launch, and memory that is written once
+ * and read once. */
+enum { EDGE = 3, SUM_NS = 1800, SUM_BYTES_PER_NS = 4950, FEWEST_STEPS = 4, SPLITS_MOST = 16, PAIR = 256, TILE = 128 };
 
 /* Rows of the weight that the copy engine takes at a time. */
 enum { BOX = 256 };
@@ -153,7 +154,7 @@ static int64_t wide_time(const struct wide *w, const struct bnb_gemm4_shape *s, 
                          int splits)
 {
     const int64_t waves = bnb_blocks(wide_tiles(w->tokens, s, splits), card->sms / 2);
-    const int64_t steps = bnb_blocks(wide_steps(s), splits) + 8; /* and what it takes to begin and end */
+    const int64_t steps = bnb_blocks(wide_steps(s), splits) + EDGE;
     const int64_t sums = 8 * s->m * (s->grad ? s->k : s->n) * splits;
     return waves * steps * w->step_ns + (splits > 1 ? SUM_NS + sums / SUM_BYTES_PER_NS : 0);
 }
