@@ -78,7 +78,8 @@ bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s
         return false;
     if (kernel == BNB_GEMM4_KERNEL_TILE)
         return s->k % 32 == 0 && inner % 8 == 0;
-    if (is_wide(kernel) ? card->capability != 90 || !card->tensor_copies : card->capability == 90 && !card->tensor_copies)
+    if (is_wide(kernel) ? card->capability != 90 || !card->tensor_copies
+                        : card->capability == 90 && !card->tensor_copies)
         return false;
     if (kernel >= BNB_GEMM4_KERNEL_GRAD128)
         return s->grad && s->k % 32 == 0 && inner % 8 == 0;

@@ -183,8 +183,8 @@ static bnb_status launch_wide(const struct bnb_cuda_call *c, const struct bnb_ge
                              .sizes = {inner, (uint64_t)g->m},
                              .strides = {2 * inner},
                              .box = {64, (unsigned)bnb_gemm4_tokens(plan->kernel) / 2}};
-    const struct tensor codes = g->grad ? codes_of(&p->fast, 64, 64, CU_MAP_SWIZZLE_64)
-                                        : codes_of(&p->fast, 32, 128, CU_MAP_SWIZZLE_NONE);
+    const struct tensor codes =
+        g->grad ? codes_of(&p->fast, 64, 64, CU_MAP_SWIZZLE_64) : codes_of(&p->fast, 32, 128, CU_MAP_SWIZZLE_NONE);
     bnb_status status = make_map(c, &p->x, &x);
     if (!status)
         status = make_map(c, &p->codes, &codes);
@@ -222,7 +222,8 @@ static bnb_status launch_sum(const struct bnb_cuda_call *c, const struct bnb_cud
     const int64_t outer = g->grad ? g->k : g->n;
     const struct bnb_cuda_gemm4_sum s = {p->partial, g->bias, g->out, g->m, outer, p->splits};
     const int64_t blocks = bnb_blocks(g->m * outer, 256), most = 8 * (int64_t)c->card->sms;
-    return bnb_cuda_launch_as(c, &sum[dtype], blocks < most ? blocks : most, (struct bnb_cuda_manner){.early = true}, &s);
+    return bnb_cuda_launch_as(c, &sum[dtype], blocks < most ? blocks : most, (struct bnb_cuda_manner){.early = true},
+                              &s);
 }
 
 static bnb_status launch_fast(const struct bnb_cuda_call *c, const struct bnb_gemm4_block *g,

@@ -173,7 +173,8 @@ enum { FEW_NESTED, FEW_PLAIN, FEW_ANYWHERE, FEW_NARROW };
 /* Of a lane's two rows of each tile: where these begin, and the scales of the next run as they lie in memory. */
 template <class S, int HOW> struct few_scales {
     enum { PER = HOW == FEW_NARROW ? 2 * S::PARTS : S::PARTS, APART = HOW == FEW_NARROW ? 32 : 64 };
-    unsigned row, last; /* the first of them, and the last of the weight, in units of 64 elements, which can be counted */
+    unsigned row,
+        last; /* the first of them, and the last of the weight, in units of 64 elements, which can be counted */
     float scale[S::TILES][2][HOW == FEW_PLAIN ? PER : 1]; /* nested: that of their block of scales */
     unsigned codes[S::TILES][2];
 };
@@ -340,7 +341,7 @@ DEVICE void few_multiply(const struct bnb_cuda_gemm4_fast &p, const struct few_p
     struct few_lane first, l;
     struct few_scales<S, HOW> s;
     first.codes = HOW == FEW_NARROW ? few_slot<S::CHUNKS>(row, 0) + (unsigned)(j * 4)
-                         : (few_slot<S::CHUNKS>(row, 0) ^ (unsigned)(j / 2 * 16)) + (unsigned)(j % 2 * 8);
+                                    : (few_slot<S::CHUNKS>(row, 0) ^ (unsigned)(j / 2 * 16)) + (unsigned)(j % 2 * 8);
     const int m = (int)p.g.m, token = S::TOKENS > 1 || g < m ? g : m - 1;
     first.x = w.x_at + (unsigned)((slice * S::PARTS * m + token) * 128);
     int slot = 0, k = w.k + slice * S::WIDTH;
