@@ -4,10 +4,7 @@
  * Both ways: x W^T and, for the gradient, x W.  Columns of the result are rows of the operand A, out is transposed.  A
  * cluster of two blocks makes 256 columns by TOKENS rows; each block has 128 columns, its two warpgroups 64 each.  One
  * thread brings codes and activations by tensor copies, RING steps of 64 along the sum ahead; each block brings half of
- * the activations, to both.  The operand of a step is decoded while the step before multiplies.
- *
- * The matrix units serve warpgroups in turn: while one multiplies, the other decodes.  Both at once would only share the
- * units, and leave them idle when both decode.
+ * the activations, to both.
  *
  * full[s]: the copies of slot s have landed.  empty[s]: all warps of both blocks are done with slot s.  Both ends walk
  * over the same tiles and steps, so that slots and phases agree; peers leave together, for they signal each other.
@@ -31,7 +28,9 @@ template <int COUNT, int HOW> struct wide_shape {
         MODE = HOW,
         GRAD = HOW == WIDE_GRAD,
         SUMS = COUNT / 2, /* of a thread */
-        PIECE = COUNT < 64 ? COUNT : 64, /* tokens that are stored at a time */
+        PIECE = GRAD ? 32
+        : COUNT < 64 ? COUNT
+                     : 64, /* tokens that are stored at a time */
         X_BYTES = COUNT * 128,
         CODES = 4096,
         RING = COUNT == 256 ? 4
@@ -40,7 +39,10 @@ template <int COUNT, int HOW> struct wide_shape {
         X_AT = PAIRS,
         CODES_AT = X_AT + RING * X_BYTES,
         STAGING_AT = CODES_AT + RING * CODES,
-        MAP2_AT = STAGING_AT + 2 * 8192, /* 64 rows of activations and 64 columns for each warpgroup */
+        STAGING = PIECE * 128, /* a piece, and 64 columns, for each warpgroup */
+        SCALES_AT = STAGING_AT + 2 * STAGING,
+        SCALES = 1024, /* GRAD: [warpgroup][32 columns][row] of a step */
+        MAP2_AT = STAGING_AT + 2 * 8192,
         BARRIERS_AT = MAP2_AT + 1024
     };
 };
@@ -120,40 +122,24 @@ struct wide_thread {
     float offset;             /* of nested scales */
     int group, warp, lane;    /* of the two warpgroups; of its four warps */
     int first, second;        /* its two columns among the 128 of the block: rows g and g + 8 of its warp's operand */
-    int slot, previous;
+    unsigned at, selector;    /* of this lane: its byte of the table's addresses; what picks its bytes of codes */
+    int grad_codes, grad_scales; /* GRAD: where in a slot this lane's begin */
+    int slot;                 /* of the step that is decoded */
     unsigned parity;
+    int now, previous;        /* slots of the step that is multiplied, and of the one before it */
 };
+
+/* On to the slot of the next step. */
+DEVICE void wide_turn(struct wide_thread *w, int ring)
+{
+    if (++w->slot == ring)
+        w->slot = 0, w->parity ^= 1;
+}
 
 template <class S> DEVICE void wide_release(const struct wide_thread &w)
 {
     if (w.lane < 2)
         barrier_arrive_at(w.empty + w.previous, (unsigned)w.lane);
-}
-
-/* This warpgroup's turn to multiply has come; it is the other's. */
-enum { WIDE_TURN = 3 };
-DEVICE void wide_turn_wait(const struct wide_thread &w) { some_barrier(WIDE_TURN + w.group, 256); }
-DEVICE void wide_turn_pass(const struct wide_thread &w) { some_arrive(WIDE_TURN + 1 - w.group, 256); }
-
-/* The products of the step whose codes are in `a`: d (+)= a x. */
-template <typename T, class S>
-DEVICE void wide_products(struct wide_thread *w, const unsigned a[4][4], bool more, float (&d)[S::SUMS])
-{
-    const uint64_t b = wgmma_operand(w->memory + S::X_AT + w->slot * S::X_BYTES);
-    wide_turn_wait(*w);
-    wgmma_begin();
-#pragma unroll
-    for (int q = 0; q < 4; q++)
-        wgmma((const T *)nullptr, d, a[q], b + 2 * q, more || q > 0);
-    wgmma_commit();
-    wide_turn_pass(*w);
-}
-
-DEVICE void wide_turn(struct wide_thread *w, int ring)
-{
-    w->previous = w->slot;
-    if (++w->slot == ring)
-        w->slot = 0, w->parity ^= 1;
 }
 
 /* ---------------------------------------------------------------- results */
@@ -195,7 +181,7 @@ DEVICE void wide_stage(unsigned char *staging, const struct wide_thread &w, int 
     store_matrices_transposed(staging + row * 128 + (chunk ^ row % 8) * 16, r);
 }
 
-/* Sums with bias to T, some tokens at a time through the warpgroup's 8 KB. */
+/* Sums with bias to T, some tokens at a time through the warpgroup's part of shared memory. */
 template <typename T, class S>
 DEVICE void wide_store(const struct bnb_cuda_gemm4_wide &p, const struct wide_tile &t, const struct wide_thread &w,
                        const float (&sums)[S::SUMS])
@@ -205,7 +191,7 @@ DEVICE void wide_store(const struct bnb_cuda_gemm4_wide &p, const struct wide_ti
     const T *bias = (const T *)g.bias + (int64_t)t.at.expert * outer + t.column;
     const float top = g.bias && t.column + w.first < outer ? value_of(bias + w.first) : 0.0f;
     const float low = g.bias && t.column + w.second < outer ? value_of(bias + w.second) : 0.0f;
-    unsigned char *staging = w.memory + S::STAGING_AT + w.group * 8192;
+    unsigned char *staging = w.memory + S::STAGING_AT + w.group * S::STAGING;
 #pragma unroll
     for (int c = 0; c < S::TOKENS / S::PIECE; c++) {
         some_barrier(1 + w.group, 128);
