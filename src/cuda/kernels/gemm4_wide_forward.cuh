@@ -63,8 +63,8 @@ struct wide_forward {
     struct wide_rows rows;
     const unsigned char *from; /* this thread's first row in the slot */
     uint4 top, low;            /* codes of half a step */
-    unsigned pair[4];
-    float scale[4];
+    unsigned pair[4], a[4][4];
+    float scale[4], before[2]; /* SUMS: of the step before */
 };
 
 template <class S> DEVICE void wide_meet(const struct wide_thread &w, struct wide_forward *d)
@@ -91,105 +91,16 @@ template <class S>
 DEVICE void wide_scales_at(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, const struct wide_thread &w,
                            int i, struct wide_forward *d)
 {
+    d->before[0] = d->scale[0], d->before[1] = d->scale[1];
     wide_scales_of<S>(p, t, w, i, &d->rows, d->scale);
 }
 
-template <typename T> DEVICE void wide_round(const struct wide_forward &d, int q, unsigned a[4])
+template <typename T, class S> DEVICE void wide_round(int q, struct wide_forward *d)
 {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const float s = d.scale[q / 2 * 2 + i % 2];
-        a[i] = scale_pair((const T *)nullptr, d.pair[i], s, s);
-    }
-}
-
-/* ---------------------------------------------------------------- scales that multiply sums */
-
-/* Rows r and r + 8 of 32 bytes of codes, decoded for four steps of 16. */
-DEVICE void wide_decode(const unsigned char *pairs, const unsigned char *codes, const struct wide_thread &w,
-                        unsigned a[4][4])
-{
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const uint4 u = *(const uint4 *)(codes + 16 * h), v = *(const uint4 *)(codes + 256 + 16 * h);
-        const unsigned word[8] = {u.x, v.x, u.y, v.y, u.z, v.z, u.w, v.w};
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            a[2 * h + i / 4][i % 4] = pair_at(pairs, word[i], w.at, w.selector);
-    }
-}
-
-/* This warpgroup's turn to multiply has come; it is the other's. */
-enum { WIDE_TURN = 3 };
-DEVICE void wide_turn_wait(const struct wide_thread &w) { some_barrier(WIDE_TURN + w.group, 256); }
-DEVICE void wide_turn_pass(const struct wide_thread &w) { some_arrive(WIDE_TURN + 1 - w.group, 256); }
-
-/* sums += scale * part */
-template <int COUNT> DEVICE void wide_fold(float (&sums)[COUNT], const float (&part)[COUNT], const float scale[2])
-{
-#pragma unroll
-    for (int i = 0; i < COUNT; i++)
-        sums[i] = __fmaf_rn(scale[i % 4 / 2], part[i], sums[i]);
-}
-
-/* Start the products of step `i` alone, into `part`; scale: its top and low. */
-template <typename T, class S>
-DEVICE void wide_start_part(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, int i,
-                            struct wide_thread *w, struct wide_rows *r, unsigned a[4][4], float (&part)[S::SUMS],
-                            float scale[4])
-{
-    wide_scales_of<S>(p, t, *w, i, r, scale);
-    barrier_wait(w->full + w->slot, w->parity);
-    wide_decode(w->memory, w->memory + S::CODES_AT + w->slot * S::CODES + w->first * 32, *w, a);
-    const uint64_t b = wgmma_operand(w->memory + S::X_AT + w->slot * S::X_BYTES);
-    wide_turn_wait(*w);
-    wgmma_begin();
-#pragma unroll
-    for (int q = 0; q < 4; q++)
-        wgmma((const T *)nullptr, part, a[q], b + 2 * q, q > 0);
-    wgmma_commit();
-    wide_turn_pass(*w);
-    w->now = w->slot;
-    wide_turn(w, S::RING);
-}
-
-/* The same, and the end of the step before, whose products and scale are `last` and `before`. */
-template <typename T, class S>
-DEVICE void wide_step_sums(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, int i, struct wide_thread *w,
-                           struct wide_rows *r, unsigned a[4][4], float (&sums)[S::SUMS], float (&part)[S::SUMS],
-                           float scale[4], float (&last)[S::SUMS], const float before[4])
-{
-    wide_start_part<T, S>(p, t, i, w, r, a, part, scale);
-    wgmma_wait<1>();
-    wide_fold(sums, last, before);
-    wide_release<S>(*w);
-    w->previous = w->now;
-}
-
-/* All steps of a tile, two under way: the compiler must see without a doubt which of them has ended. */
-template <typename T, class S>
-DEVICE void wide_tile_sums(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, struct wide_thread *w,
-                           struct wide_rows *r, float (&sums)[S::SUMS])
-{
-    unsigned even[4][4], odd[4][4];
-    float first[S::SUMS], second[S::SUMS], scale[4], other[4];
-#pragma unroll
-    for (int i = 0; i < S::SUMS; i++)
-        sums[i] = 0.0f;
-    wide_start_part<T, S>(p, t, 0, w, r, even, first, scale);
-    w->previous = w->now;
-    int i = 1;
-    for (; i + 1 < t.steps; i += 2) {
-        wide_step_sums<T, S>(p, t, i, w, r, odd, sums, second, other, first, scale);
-        wide_step_sums<T, S>(p, t, i + 1, w, r, even, sums, first, scale, second, other);
-    }
-    if (i < t.steps) {
-        wide_step_sums<T, S>(p, t, i, w, r, odd, sums, second, other, first, scale);
-        wgmma_wait<0>();
-        wide_fold(sums, second, other);
-    } else {
-        wgmma_wait<0>();
-        wide_fold(sums, first, scale);
+        const float s = d->scale[q / 2 * 2 + i % 2];
+        d->a[q][i] = S::MODE == WIDE_SUMS ? d->pair[i] : scale_pair((const T *)nullptr, d->pair[i], s, s);
     }
 }
 

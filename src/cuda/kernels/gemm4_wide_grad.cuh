@@ -96,7 +96,7 @@ DEVICE void wide_bring_scales(const struct bnb_cuda_gemm4_fast &p, int group, un
 struct wide_grad {
     const unsigned char *from; /* codes of the slot, as far as they are the same for all fragments */
     const float *scale;        /* of its rows, this lane's first two of a fragment */
-    unsigned codes[4], pair[4];
+    unsigned codes[4], pair[4], a[4][4];
     float2 near, far; /* scales of the pairs: of rows 2j and 2j + 1, and of those eight on */
 };
 
@@ -126,13 +126,13 @@ DEVICE void wide_scales_at(const struct bnb_cuda_gemm4_fast &, const struct wide
 {
 }
 
-template <typename T> DEVICE void wide_round(const struct wide_grad &d, int, unsigned a[4])
+template <typename T, class S> DEVICE void wide_round(int q, struct wide_grad *d)
 {
     const T *tag = nullptr;
-    a[0] = scale_pair(tag, d.pair[0], d.near.x, d.near.y);
-    a[1] = scale_pair(tag, d.pair[1], d.near.x, d.near.y);
-    a[2] = scale_pair(tag, d.pair[2], d.far.x, d.far.y);
-    a[3] = scale_pair(tag, d.pair[3], d.far.x, d.far.y);
+    d->a[q][0] = scale_pair(tag, d->pair[0], d->near.x, d->near.y);
+    d->a[q][1] = scale_pair(tag, d->pair[1], d->near.x, d->near.y);
+    d->a[q][2] = scale_pair(tag, d->pair[2], d->far.x, d->far.y);
+    d->a[q][3] = scale_pair(tag, d->pair[3], d->far.x, d->far.y);
 }
 
 #endif

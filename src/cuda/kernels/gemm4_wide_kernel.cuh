@@ -37,25 +37,6 @@ DEVICE void wide_store_tile(const struct bnb_cuda_gemm4_wide &p, const struct wi
 }
 
 template <typename T, class S>
-DEVICE void wide_multiply_sums(const struct bnb_cuda_gemm4_wide &p, struct wide_thread &w)
-{
-    struct walk<int> walk = wide_start();
-    struct wide_tile t;
-    if (w.group == 1)
-        wide_turn_pass(w); /* the first turn is that of group 0 */
-    while (wide_next_of_warp<S>(p.fast, &walk, &t)) {
-        float sums[S::SUMS];
-        struct wide_rows rows = {};
-        wide_rows_begin(p.fast, t, w, &rows);
-        wide_tile_sums<T, S>(p.fast, t, &w, &rows, sums);
-        wide_release<S>(w);
-        wide_store_tile<T, S>(p, t, w, sums);
-    }
-    if (w.group == 0)
-        wide_turn_wait(w);
-}
-
-template <typename T, class S>
 DEVICE void wide_multiply_forward(const struct bnb_cuda_gemm4_wide &p, struct wide_thread &w)
 {
     struct walk<int> walk = wide_start();
@@ -67,7 +48,10 @@ DEVICE void wide_multiply_forward(const struct bnb_cuda_gemm4_wide &p, struct wi
     while (there) {
         float sums[S::SUMS];
         t = next;
-        wide_steps<T, S>(p.fast, t, &w, &d, sums);
+        if constexpr (S::MODE == WIDE_SUMS)
+            wide_steps_sums<T, S>(p.fast, t, &w, &d, sums);
+        else
+            wide_steps<T, S>(p.fast, t, &w, &d, sums);
         there = wide_next_of_warp<S>(p.fast, &walk, &next);
         if (there) /* its scales come while these results go */
             wide_rows_begin(p.fast, next, w, &d.rows);
@@ -126,9 +110,7 @@ template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_ge
     } else {
         registers_to<232>();
         struct wide_thread w = wide_thread_of<S>(p.fast, warp, memory);
-        if constexpr (S::MODE == WIDE_SUMS)
-            wide_multiply_sums<T, S>(p, w);
-        else if constexpr (S::GRAD)
+        if constexpr (S::GRAD)
             wide_multiply_grad<T, S>(p, w);
         else
             wide_multiply_forward<T, S>(p, w);
