@@ -251,11 +251,17 @@ typedef struct bnb_gemm4_args {
     int64_t block;   /* a power of two, 32..4096                                                */
     bnb_type4 type;  /* BNB_NF4 or BNB_FP4                                                      */
     bnb_dtype dtype; /* of x, bias and out                                                      */
-    bool exact;      /* multiply in f32 throughout.  Else few rows of a 16-bit dtype may be multiplied as 16-bit
-                        integers, relative error below 1e-4: a twentieth of bf16's own rounding; runs of 64
-                        activations all below 2^-96 then count as zero                                   */
+    bool exact;      /* multiply in f32 throughout.  Else, with a 16-bit dtype: on the CPU, few rows may be
+                        multiplied as 16-bit integers, relative error below 1e-4: a twentieth of bf16's own
+                        rounding; runs of 64 activations all below 2^-96 then count as zero.  On CUDA, weights
+                        may be rounded to the dtype (NUMERICS rule 35)                                   */
     const float *values; /* NULL, or the 16 values of the codes, on ex's device: type is not read then.  On the CPU
                             they must be those of NF4 or FP4; on CUDA they may be any, and are not looked at     */
+    /* NULL, or the experts of a mixture: W is [experts, n, k], bias [experts, n], and expert e multiplies the rows
+       first[e] .. first[e + 1] - 1 of x into those of out.  first [experts + 1] is memory of ex's device; it ascends
+       within 0 .. m, which is not looked at on CUDA; rows of no expert are left as they are                      */
+    const int64_t *first;
+    int64_t experts; /* 1 or more where `first` is given                                          */
 } bnb_gemm4_args;
 
 /*
@@ -267,6 +273,14 @@ BNB_API bnb_status bnb_gemm4(const bnb_exec *ex, const bnb_gemm4_args *args);
 
 /* bnb_gemm4_grad() - out [m, k] = x [m, n] W: the gradient of the input, given that of the output.  bias is NULL. */
 BNB_API bnb_status bnb_gemm4_grad(const bnb_exec *ex, const bnb_gemm4_args *args);
+
+/*
+ * bnb_gemm4_plan() - which kernel this thread's last product with a 4-bit weight on CUDA took, and how it cut the work:
+ * "few8 splits 1 bands 7 slices 2 steps 8 depth 4", for measuring; "" before.  Valid until the thread's next product.
+ * BNB_GEMM4="wide128,splits,bands,depth" in the environment asks for another; zeros and missing numbers leave the choice,
+ * and what cannot be is passed over.  Where it is set at the first product, it is read again at each.
+ */
+BNB_API const char *bnb_gemm4_plan(void);
 
 /* ---------------------------------------------------------------- LLM.int8() */
 

@@ -13,6 +13,7 @@ KERNEL = (
     "core/args.h",
     "core/half.h",
     "core/optim_plan.h",
+    "core/plan_gemm4.h",
     "core/random.h",
     "core/rules.h",
     "core/scale.h",

@@ -80,10 +80,10 @@ def _expect(condition: bool, text: str) -> None:
     torch._check_value(condition, lambda: text)
 
 
-def _one_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+def _one_device(op: str, one: Tensor, /, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None:
-            _expect(tensor.device == first.device, f"{op}: {name} is on {tensor.device}, expected {first.device}")
+            _expect(tensor.device == one.device, f"{op}: {name} is on {tensor.device}, expected {one.device}")
 
 
 def _float(op: str, name: str, dtype: torch.dtype) -> None:

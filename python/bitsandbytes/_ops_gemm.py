@@ -22,12 +22,12 @@ def _rows(op: str, name: str, x: Tensor, width: int) -> torch.Size:
     return x.shape[:-1]
 
 
-def _check_4bit(op: str, weight: Tensor, absmax: Tensor, blocksize: int, quant_type: str, n: int, k: int) -> None:
+def _check_4bit(op: str, weight: Tensor, absmax: Tensor, blocksize: int, quant_type: str, count: int) -> None:
     _format_4bit(op, blocksize, quant_type)
-    needed = _ceil_div(n * k, 2)
+    needed = _ceil_div(count, 2)
     found = weight.numel() * weight.element_size()
     _expect(found >= needed, f"{op}: the weight has {found} bytes, expected at least {needed}")
-    blocks = _ceil_div(n * k, blocksize)
+    blocks = _ceil_div(count, blocksize)
     _expect(absmax.numel() == blocks, f"{op}: absmax has {absmax.numel()} elements, expected {blocks}")
 
 
@@ -49,9 +49,9 @@ def _product_4bit(
     blocksize: int,
     quant_type: str,
     widths: tuple[int, int],
-    weight_shape: tuple[int, int],
+    count: int,
 ) -> Tensor:
-    """Checks of both directions; an empty result [..., widths[1]] for x [..., widths[0]]."""
+    """Checks of both directions; an empty result [..., widths[1]] for x [..., widths[0]]. count: of the weight."""
     absmax, *nested = scales
     _float(op, "the dtype of the input", x.dtype)
     _one_device(op, x, weight=weight, absmax=absmax)
@@ -60,7 +60,7 @@ def _product_4bit(
     present = {tensor is not None for tensor in nested}
     _expect(len(present) == 1, f"{op}: absmax_code, absmax2 and offset: expected all of them or none")
     _dtype(op, "absmax", absmax, torch.uint8 if True in present else torch.float32)
-    _check_4bit(op, weight, absmax, blocksize, quant_type, *weight_shape)
+    _check_4bit(op, weight, absmax, blocksize, quant_type, count)
     rows = _rows(op, "the input", x, widths[0])
     return torch.empty((*rows, widths[1]), device=x.device, dtype=x.dtype)
 
@@ -75,7 +75,7 @@ def _(x, weight, absmax, absmax_code, absmax2, offset, blocksize2, blocksize, qu
     _one_device(op, x, bias=bias)
     _bias(op, bias, n)
     scales = absmax, absmax_code, absmax2, offset
-    return _product_4bit(op, x, weight, scales, blocksize, quant_type, (k, n), (n, k))
+    return _product_4bit(op, x, weight, scales, blocksize, quant_type, (k, n), n * k)
 
 
 @_operator(
@@ -85,7 +85,47 @@ def _(x, weight, absmax, absmax_code, absmax2, offset, blocksize2, blocksize, qu
 )
 def _(grad, weight, absmax, absmax_code, absmax2, offset, blocksize2, blocksize, quant_type, n, k):
     scales = absmax, absmax_code, absmax2, offset
-    return _product_4bit("_linear_4bit_grad", grad, weight, scales, blocksize, quant_type, (n, k), (n, k))
+    return _product_4bit("_linear_4bit_grad", grad, weight, scales, blocksize, quant_type, (n, k), n * k)
+
+
+def _experts(op: str, x: Tensor, first: Tensor) -> int:
+    """How many there are."""
+    _one_device(op, x, first=first)
+    _dtype(op, "first", first, torch.int64)
+    _expect(first.numel() >= 2, f"{op}: first has {first.numel()} elements, expected 2 or more")
+    return first.numel() - 1
+
+
+@_operator(
+    "_experts_4bit(Tensor x, Tensor weight, Tensor absmax, Tensor? absmax_code, Tensor? absmax2, Tensor? offset, "
+    "int blocksize2, int blocksize, str quant_type, int n, int k, Tensor first, Tensor? bias) -> Tensor",
+    autograd=False,
+)
+def _(x, weight, absmax, absmax_code, absmax2, offset, blocksize2, blocksize, quant_type, n, k, first, bias):
+    """x W_e^T + bias_e, where W [experts, n, k] and rows first[e] .. first[e + 1] - 1 of x are those of expert e.
+
+    first  int64 [experts + 1], ascending.  Rows of no expert are not set.
+    """
+    op = "_experts_4bit"
+    experts = _experts(op, x, first)
+    _one_device(op, x, bias=bias)
+    if bias is not None:
+        _float(op, "the dtype of bias", bias.dtype)
+        _expect(bias.numel() == experts * n, f"{op}: bias has {bias.numel()} elements, expected {experts * n}")
+    scales = absmax, absmax_code, absmax2, offset
+    return _product_4bit(op, x, weight, scales, blocksize, quant_type, (k, n), experts * n * k)
+
+
+@_operator(
+    "_experts_4bit_grad(Tensor grad, Tensor weight, Tensor absmax, Tensor? absmax_code, Tensor? absmax2, "
+    "Tensor? offset, int blocksize2, int blocksize, str quant_type, int n, int k, Tensor first) -> Tensor",
+    autograd=False,
+)
+def _(grad, weight, absmax, absmax_code, absmax2, offset, blocksize2, blocksize, quant_type, n, k, first):
+    op = "_experts_4bit_grad"
+    count = _experts(op, grad, first) * n * k
+    scales = absmax, absmax_code, absmax2, offset
+    return _product_4bit(op, grad, weight, scales, blocksize, quant_type, (n, k), count)
 
 
 @_operator(
@@ -121,7 +161,7 @@ def _(
     scales = absmax, None, None, None
     if absmax_8bit is not None:
         scales = absmax_8bit, absmax_code, absmax, absmax_offset
-    return _product_4bit(op, A, B, scales, blocksize, quant_type, (k, n), (n, k))
+    return _product_4bit(op, A, B, scales, blocksize, quant_type, (k, n), n * k)
 
 
 def _gemv_4bit(
@@ -133,7 +173,7 @@ def _gemv_4bit(
     _expect(code.numel() == 16, f"{op}: code has {code.numel()} elements, expected 16")
     n, k = shapeB
     # The type is in the values of `code`; the shape does not depend on it.
-    return _product_4bit(op, A, B, (absmax, None, None, None), blocksize, "nf4", (k, n), (n, k))
+    return _product_4bit(op, A, B, (absmax, None, None, None), blocksize, "nf4", (k, n), n * k)
 
 
 @_operator("gemv_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor")

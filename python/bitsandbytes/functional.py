@@ -328,17 +328,18 @@ def dequantize_nf4(
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
 
 
-def weight_arguments(function: str, state: QuantState) -> tuple[Any, ...]:
+def weight_arguments(function: str, state: QuantState, dimensions: int = 2) -> tuple[Any, ...]:
     """The state of a weight [n, k] as operators take it, read afresh on every call: states are edited by clients.
 
+    dimensions  3: of weights [experts, n, k]
     Returns (absmax, absmax_code, absmax2, offset, blocksize2, blocksize, quant_type, n, k).
     ValueError, opened by the name `function`: the state is not that of a matrix.
     """
     shape = state.shape
-    if shape is None or len(shape) != 2:
+    if shape is None or len(shape) != dimensions:
         found = None if shape is None else list(shape)
-        raise ValueError(f"{function}: the state has shape {found}, expected 2 dimensions")
-    tail = state.blocksize, state.quant_type, *shape
+        raise ValueError(f"{function}: the state has shape {found}, expected {dimensions} dimensions")
+    tail = state.blocksize, state.quant_type, *shape[-2:]
     if not state.nested:
         return state.absmax, None, None, None, 0, *tail
     inner = state.state2

@@ -1,8 +1,12 @@
 /*
  * api_gemm.c - the public products with 4-bit weights: check everything, call the device
  */
+#include <math.h>
+#include <stdio.h>
+
 #include "core/check.h"
 #include "core/internal.h"
+#include "core/plan_gemm4.h"
 
 static bnb_status check_gemm4(const char *f, const bnb_gemm4_args *g, struct bnb_gemm4_block *b, bool grad)
 {
@@ -16,6 +20,10 @@ static bnb_status check_gemm4(const char *f, const bnb_gemm4_args *g, struct bnb
     BNB_CHECK(bnb_core_check_block4(f, g->block));
     if (!g->values)
         BNB_CHECK(bnb_core_check_type4(f, g->type));
+    if (g->first && (g->experts < 1 || g->experts > INT32_MAX ||
+                     (g->n > 0 && g->k > 0 && g->experts > INT64_MAX / 8 / g->n / g->k)))
+        return bnb_fail(BNB_EINVAL, "%s: experts is %lld, expected 1 or more, and a weight that fits into memory", f,
+                        (long long)g->experts);
     if (grad && g->bias)
         return bnb_fail(BNB_EINVAL, "%s: bias is given, expected NULL: it has no part in the gradient of the input", f);
     *b = (struct bnb_gemm4_block){.x = g->x,
@@ -28,7 +36,9 @@ static bnb_status check_gemm4(const char *f, const bnb_gemm4_args *g, struct bnb
                                   .block = g->block,
                                   .code = g->values ? NULL : bnb_map4(g->type),
                                   .grad = grad,
-                                  .exact = g->exact || g->dtype == BNB_F32};
+                                  .exact = g->exact || g->dtype == BNB_F32,
+                                  .first = g->first,
+                                  .experts = g->experts};
     const int64_t inner = grad ? g->n : g->k, outer = grad ? g->k : g->n;
     if (g->m == 0 || outer == 0)
         return BNB_OK;
@@ -73,3 +83,22 @@ static bnb_status run_gemm4(const bnb_exec *ex, const bnb_gemm4_args *g, bool gr
 bnb_status bnb_gemm4(const bnb_exec *ex, const bnb_gemm4_args *args) { return run_gemm4(ex, args, false); }
 
 bnb_status bnb_gemm4_grad(const bnb_exec *ex, const bnb_gemm4_args *args) { return run_gemm4(ex, args, true); }
+
+static _Thread_local struct bnb_gemm4_plan last_plan;
+static _Thread_local bool planned;
+
+void bnb_gemm4_note(const struct bnb_gemm4_plan *plan)
+{
+    last_plan = *plan;
+    planned = true;
+}
+
+const char *bnb_gemm4_plan(void)
+{
+    static _Thread_local char text[128];
+    const struct bnb_gemm4_plan *p = &last_plan;
+    if (planned)
+        snprintf(text, sizeof text, "%s splits %d bands %d slices %d steps %d depth %d",
+                 bnb_gemm4_kernel_name[p->kernel], p->splits, p->bands, p->slices, p->steps, p->depth);
+    return text;
+}

@@ -119,6 +119,9 @@ struct bnb_gemm4_block {
     struct bnb_scale_args scale;
     int grad;
     int exact;
+    const int64_t *first; /* [experts + 1]: bnb_gemm4_args says what; NULL: one weight */
+    int64_t experts;
+    int64_t start; /* where the weight begins in codes and scales, an element: not 0 for an expert on the CPU */
 };
 
 /*

@@ -158,7 +158,7 @@ static bool takes_few(const struct bnb_gemm4_block *g, int rows, int step, int b
     return !g->grad && g->m <= rows && g->k % step == 0 && g->block % block == 0;
 }
 
-bnb_status bnb_cpu_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, bnb_dtype dtype)
+static bnb_status multiply4(const bnb_exec *ex, const struct bnb_gemm4_block *g, bnb_dtype dtype)
 {
     const struct bnb_cpu_ops *ops = bnb_cpu_ops_in_use();
     struct operands o;
@@ -190,6 +190,35 @@ bnb_status bnb_cpu_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, bn
         bnb_cpu_free(ex, memory, bytes);
     release(ex, &o);
     return packed;
+}
+
+/* Expert by expert, each with its rows. */
+static bnb_status multiply_experts(const bnb_exec *ex, const struct bnb_gemm4_block *g, bnb_dtype dtype)
+{
+    const int64_t inner = g->grad ? g->n : g->k, outer = g->grad ? g->k : g->n;
+    const int64_t size = (int64_t)bnb_dtype_size(dtype);
+    for (int64_t e = 0; e <= g->experts; e++)
+        if (g->first[e] < (e > 0 ? g->first[e - 1] : 0) || g->first[e] > g->m)
+            return bnb_fail(BNB_EINVAL, "%s: first[%lld] is %lld, expected numbers that ascend within 0..%lld",
+                            g->grad ? "gemm4_grad" : "gemm4", (long long)e, (long long)g->first[e], (long long)g->m);
+    bnb_status status = BNB_OK;
+    for (int64_t e = 0; e < g->experts && !status; e++) {
+        struct bnb_gemm4_block one = *g;
+        one.first = NULL;
+        one.m = g->first[e + 1] - g->first[e];
+        one.start = e * g->n * g->k;
+        one.x = (const char *)g->x + g->first[e] * inner * size;
+        one.out = (char *)g->out + g->first[e] * outer * size;
+        one.bias = g->bias ? (const char *)g->bias + e * outer * size : NULL;
+        if (one.m > 0)
+            status = multiply4(ex, &one, dtype);
+    }
+    return status;
+}
+
+bnb_status bnb_cpu_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, bnb_dtype dtype)
+{
+    return g->first ? multiply_experts(ex, g, dtype) : multiply4(ex, g, dtype);
 }
 
 /* ---- int8 */

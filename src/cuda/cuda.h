@@ -23,7 +23,7 @@ bnb_status bnb_cuda_expand_scales(const bnb_exec *ex, const struct bnb_scale_arg
 bnb_status bnb_cuda_select(const bnb_exec *ex, const void *x, bnb_dtype dtype, int64_t n, const int64_t *rank,
                            int count, float *out);
 
-/* launch_gemm.c, launch_gemm8.c, launch_rows.c, launch_linear8.c */
+/* launch_gemm4.c, launch_gemm8.c, launch_rows.c, launch_linear8.c */
 bnb_status bnb_cuda_gemm4(const bnb_exec *ex, const struct bnb_gemm4_block *g, bnb_dtype dtype);
 bnb_status bnb_cuda_gemm8(const bnb_exec *ex, const struct bnb_gemm8_block *g, bnb_dtype dtype);
 bnb_status bnb_cuda_linear8(const bnb_exec *ex, const struct bnb_linear8_block *l, bnb_dtype dtype);

@@ -155,6 +155,29 @@ static bnb_status load_module(const struct bnb_cuda_call *c, const struct bnb_cu
     return compile_module(c, image, dtype, &loaded[dtype + 1]);
 }
 
+static int most_shared(const struct bnb_cuda_call *c, const struct bnb_cuda_kernel *kernel)
+{
+    return kernel->shared == BNB_CUDA_ALL_SHARED ? c->card->shared_bytes : kernel->shared;
+}
+
+/* The kernel of a module; not one made from PTX that is too old to hold its body: then from its text, for this card. */
+static bnb_status find_kernel(const struct bnb_cuda_call *c, const struct bnb_cuda_kernel *kernel,
+                              const struct bnb_cuda_image *image, cu_module *module, cu_function *function)
+{
+    const struct bnb_driver *cu = c->card->cu;
+    int version = kernel->least;
+    bnb_status status =
+        bnb_cuda_check(cu, cu->module_function(function, *module, kernel->name), c->function, kernel->name);
+    if (!status && kernel->least > 0)
+        status = bnb_cuda_check(cu, cu->function_attribute(&version, CU_FUNCTION_PTX_VERSION, *function), c->function,
+                                "cuFuncGetAttribute");
+    if (status || version >= kernel->least)
+        return status;
+    status = compile_module(c, image, kernel->dtype, module);
+    return status ? status
+                  : bnb_cuda_check(cu, cu->module_function(function, *module, kernel->name), c->function, kernel->name);
+}
+
 static bnb_status load_kernel(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, cu_function *function)
 {
     const struct bnb_driver *cu = c->card->cu;
@@ -166,15 +189,14 @@ static bnb_status load_kernel(const struct bnb_cuda_call *c, struct bnb_cuda_ker
     cu->capture_mode(&mode);
     bnb_status status = slot[kernel->dtype + 1] ? BNB_OK : load_module(c, image, kernel->dtype, slot);
     if (!status)
-        status = bnb_cuda_check(cu, cu->module_function(function, slot[kernel->dtype + 1], kernel->name), c->function,
-                                kernel->name);
+        status = find_kernel(c, kernel, image, &slot[kernel->dtype + 1], function);
     if (!status) /* the driver may load lazily: now, not at a launch that is captured */
         status = bnb_cuda_check(cu, cu->function_attribute(&ignored, CU_FUNCTION_LOCAL_BYTES, *function), c->function,
                                 "cuFuncGetAttribute");
-    if (!status && kernel->shared > 0) /* beyond 48 KB with what the kernel declares, it has to be asked for */
-        status = bnb_cuda_check(cu, cu->function_set(*function, CU_FUNCTION_SHARED_MAX, kernel->shared), c->function,
-                                "cuFuncSetAttribute");
-    if (!status && kernel->special && kernel->shared > 0)
+    if (!status && kernel->shared != 0) /* beyond 48 KB with what the kernel declares, it has to be asked for */
+        status = bnb_cuda_check(cu, cu->function_set(*function, CU_FUNCTION_SHARED_MAX, most_shared(c, kernel)),
+                                c->function, "cuFuncSetAttribute");
+    if (!status && kernel->special && kernel->shared != 0)
         status = bnb_cuda_check(cu, cu->function_set(*function, CU_FUNCTION_SHARED_PERCENT, 100), c->function,
                                 "cuFuncSetAttribute");
     cu->capture_mode(&mode);
@@ -191,9 +213,9 @@ static bnb_status kernel_on(const struct bnb_cuda_call *c, struct bnb_cuda_kerne
     pthread_mutex_lock(&lock);
     bnb_status status = load_kernel(c, kernel, function);
     if (!status)
-        status = bnb_cuda_check(c->card->cu,
-                                c->card->cu->occupancy(&per_sm, *function, kernel->threads, (size_t)kernel->shared),
-                                c->function, "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+        status = bnb_cuda_check(
+            c->card->cu, c->card->cu->occupancy(&per_sm, *function, kernel->threads, (size_t)most_shared(c, kernel)),
+            c->function, "cuOccupancyMaxActiveBlocksPerMultiprocessor");
     if (!status && kernel->special)
         status = bnb_cuda_check(c->card->cu, c->card->cu->function_attribute(&own, CU_FUNCTION_SHARED_BYTES, *function),
                                 c->function, "cuFuncGetAttribute");
@@ -206,7 +228,7 @@ static bnb_status kernel_on(const struct bnb_cuda_call *c, struct bnb_cuda_kerne
 }
 
 static bnb_status launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid, bool over,
-                         const void *arguments)
+                         int shared, const void *arguments)
 {
     cu_function function = NULL;
     const bnb_status status = kernel_on(c, kernel, &function);
@@ -216,41 +238,34 @@ static bnb_status launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *
     void *parameters[] = {(void *)(uintptr_t)arguments};
     return bnb_cuda_check(c->card->cu,
                           c->card->cu->launch(function, (unsigned)(over && grid > resident ? resident : grid), 1, 1,
-                                              (unsigned)kernel->threads, 1, 1, (unsigned)kernel->shared, c->stream,
-                                              parameters, NULL),
+                                              (unsigned)kernel->threads, 1, 1, (unsigned)shared, c->stream, parameters,
+                                              NULL),
                           c->function, kernel->name);
 }
 
 bnb_status bnb_cuda_launch(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
                            const void *arguments)
 {
-    return launch(c, kernel, grid, false, arguments);
+    return launch(c, kernel, grid, false, kernel->shared, arguments);
 }
 
 bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t work,
                                 const void *arguments)
 {
-    return launch(c, kernel, work, true, arguments);
-}
-
-bnb_status bnb_cuda_resident(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int *blocks)
-{
-    cu_function function = NULL;
-    const bnb_status status = kernel_on(c, kernel, &function);
-    *blocks = status ? 0 : kernel->on[c->card->ordinal].resident;
-    return status;
+    return launch(c, kernel, work, true, kernel->shared, arguments);
 }
 
 bnb_status bnb_cuda_launch_as(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
                               struct bnb_cuda_manner manner, const void *arguments)
 {
     const struct bnb_driver *cu = c->card->cu;
+    const int shared = manner.shared ? manner.shared : kernel->shared;
     struct cu_launch_attribute attribute[2];
     cu_function function = NULL;
     unsigned count = 0;
     manner.early = manner.early && c->card->early;
     if (!cu->launch_as || (manner.cluster <= 1 && !manner.early))
-        return launch(c, kernel, grid, false, arguments);
+        return launch(c, kernel, grid, false, shared, arguments);
     const bnb_status status = kernel_on(c, kernel, &function);
     if (status)
         return status;
@@ -261,12 +276,20 @@ bnb_status bnb_cuda_launch_as(const struct bnb_cuda_call *c, struct bnb_cuda_ker
         attribute[count++] = (struct cu_launch_attribute){CU_LAUNCH_EARLY, {.early = 1}};
     const struct cu_launch_config config = {.grid = {(unsigned)grid, 1, 1},
                                             .block = {(unsigned)kernel->threads, 1, 1},
-                                            .shared_bytes = (unsigned)kernel->shared,
+                                            .shared_bytes = (unsigned)shared,
                                             .stream = c->stream,
                                             .attributes = attribute,
                                             .count = count};
     void *parameters[] = {(void *)(uintptr_t)arguments};
     return bnb_cuda_check(cu, cu->launch_as(&config, function, parameters, NULL), c->function, kernel->name);
+}
+
+bnb_status bnb_cuda_resident(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int *blocks)
+{
+    cu_function function = NULL;
+    const bnb_status status = kernel_on(c, kernel, &function);
+    *blocks = status ? 0 : kernel->on[c->card->ordinal].resident;
+    return status;
 }
 
 bnb_status bnb_cuda_run(const bnb_exec *ex, const char *function, struct bnb_cuda_kernel *kernel, int64_t work,

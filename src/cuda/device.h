@@ -25,13 +25,17 @@ struct bnb_cuda_card {
     bool early;       /* early launches, in graphs too   */
 };
 
+/* Of a kernel whose launches ask for different amounts, each no more than card->shared_bytes. */
+enum { BNB_CUDA_ALL_SHARED = -1 };
+
 /* One kernel of one image, in static storage. */
 struct bnb_cuda_kernel {
     const char *image; /* the file of cuda/kernels/ without its ending           */
     const char *name;  /* as the device code exports it                          */
     int dtype;         /* the variant's bnb_dtype, or -1 where there is only one */
     int threads;       /* of a block */
-    int shared;        /* bytes of dynamic shared memory of a block; no more than card->shared_bytes */
+    int least;         /* compute capability below which its body is empty */
+    int shared;        /* bytes of dynamic shared memory of a block; BNB_CUDA_ALL_SHARED: told at a launch   */
     bool special;      /* code for some cards alone, on others it is empty; it has shared memory beside `shared` */
     struct {
         atomic_uintptr_t function; /* its cu_function; 0: not loaded yet */
@@ -73,10 +77,12 @@ bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_k
                                 const void *arguments);
 
 /* How a launch differs: blocks of a cluster, 0 or 1 for none; early: it may come to the card before the launch before it is
- * done, for which the kernel waits by itself.  On drivers without such launches it is a plain one, cluster <= 1 then. */
+ * done, for which the kernel waits by itself; shared: bytes of dynamic shared memory, of a kernel of BNB_CUDA_ALL_SHARED.
+ * On drivers without such launches it is a plain one, cluster <= 1 then. */
 struct bnb_cuda_manner {
     int cluster;
     bool early;
+    int shared;
 };
 bnb_status bnb_cuda_launch_as(const struct bnb_cuda_call *c, struct bnb_cuda_kernel *kernel, int64_t grid,
                               struct bnb_cuda_manner manner, const void *arguments);

@@ -23,7 +23,7 @@ static bool resolve(void *library, const char *symbol, void *member, size_t size
     return address != NULL;
 }
 
-static void optional(void *library, const char *symbol, void *member, size_t size)
+static void resolve_optional(void *library, const char *symbol, void *member, size_t size)
 {
     void *address = dlsym(library, symbol);
     memcpy(member, &address, size);
@@ -41,7 +41,7 @@ static void open_driver(void)
         return;
     BNB_DRIVER_MAP(X)
 #undef X
-#define X(member, symbol, parameters) optional(library, #symbol, &driver.member, sizeof driver.member);
+#define X(member, symbol, parameters) resolve_optional(library, #symbol, &driver.member, sizeof driver.member);
     BNB_DRIVER_OPTIONAL_MAP(X)
 #undef X
     const cu_result result = driver.init(0);

@@ -56,7 +56,11 @@ enum {
     CU_LAUNCH_EARLY = 6, /* "programmatic stream serialization" */
     CU_MAP_UINT8 = 0,
     CU_MAP_UINT16 = 1,
+    CU_MAP_SWIZZLE_NONE = 0,
+    CU_MAP_SWIZZLE_32 = 1,
+    CU_MAP_SWIZZLE_64 = 2,
     CU_MAP_SWIZZLE_128 = 3,
+    CU_MAP_PROMOTE_128 = 2,
     CU_MAP_PROMOTE_256 = 3
 };
 
@@ -119,13 +123,13 @@ struct cu_launch_config {
     X(error_name, cuGetErrorName, (cu_result error, const char **name))                                             \
     X(error_text, cuGetErrorString, (cu_result error, const char **text))
 
-/* The same of what drivers before 12.0 have not: these members may be NULL. */
+/* The same for symbols that older drivers lack: the member is NULL there. */
 #define BNB_DRIVER_OPTIONAL_MAP(X)                                                                        \
     X(launch_as, cuLaunchKernelEx,                                                                        \
       (const struct cu_launch_config *config, cu_function function, void **parameters, void **extra))     \
-    X(encode_map, cuTensorMapEncodeTiled,                                                                 \
+    X(tensor_map, cuTensorMapEncodeTiled,                                                                 \
       (void *map, int type, unsigned rank, void *address, const uint64_t *sizes, const uint64_t *strides, \
-       const unsigned *box, const unsigned *steps, int interleave, int swizzle, int promotion, int beyond))
+       const unsigned *box, const unsigned *element_strides, int interleave, int swizzle, int promotion, int fill))
 
 struct bnb_driver {
 #define X(member, symbol, parameters) cu_result(*member) parameters;

@@ -80,7 +80,7 @@ static bnb_status map_of(const struct bnb_cuda_call *c, const void *matrix, int 
     const uint64_t sizes[2] = {(uint64_t)k, (uint64_t)rows}, stride = (uint64_t)(k * size);
     const unsigned box[2] = {TILE8_DEPTH / (unsigned)size, (unsigned)lines}, steps[2] = {1, 1};
     return bnb_cuda_check(c->card->cu,
-                          c->card->cu->encode_map(map, size == 1 ? CU_MAP_UINT8 : CU_MAP_UINT16, 2,
+                          c->card->cu->tensor_map(map, size == 1 ? CU_MAP_UINT8 : CU_MAP_UINT16, 2,
                                                   (void *)(uintptr_t)matrix, sizes, &stride, box, steps, 0,
                                                   CU_MAP_SWIZZLE_128, CU_MAP_PROMOTE_256, 0),
                           c->function, "cuTensorMapEncodeTiled");
@@ -107,17 +107,18 @@ static bnb_status run_tiles(const struct bnb_cuda_call *c, const struct bnb_cuda
     if (status)
         return status;
     if (plan->way == BNB_GEMM8_NARROW)
-        return bnb_cuda_launch_as(c, kernel, tiles * plan->split, (struct bnb_cuda_manner){plan->split, early}, &q);
+        return bnb_cuda_launch_as(c, kernel, tiles * plan->split,
+                                  (struct bnb_cuda_manner){.cluster = plan->split, .early = early}, &q);
     const int64_t clusters = c->card->sms / plan->share;
     const int64_t work = bnb_blocks(bnb_blocks(p->g.n, TILE8_ROWS), plan->share) * bnb_blocks(p->g.m, plan->tokens);
     return bnb_cuda_launch_as(c, kernel, (work < clusters ? work : clusters) * plan->share,
-                              (struct bnb_cuda_manner){plan->share, early}, &q);
+                              (struct bnb_cuda_manner){.cluster = plan->share, .early = early}, &q);
 }
 
 static struct bnb_gemm8_card card_of(const struct bnb_cuda_call *c)
 {
     const struct bnb_driver *cu = c->card->cu;
-    return (struct bnb_gemm8_card){c->card->capability, c->card->sms, cu->launch_as && cu->encode_map};
+    return (struct bnb_gemm8_card){c->card->capability, c->card->sms, cu->launch_as && cu->tensor_map};
 }
 
 /* The plan, or the one that BNB_GEMM8 names, for measurements.  Where a build has no code for the card, a plan without. */

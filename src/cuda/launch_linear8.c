@@ -24,7 +24,7 @@ static bnb_status hold_early(const struct bnb_cuda_call *c, const struct bnb_cud
     const bnb_status status = bnb_cuda_resident(c, rows, &blocks);
     return status ? status
                   : bnb_cuda_launch_as(c, rows, q->a.rows < blocks ? q->a.rows : blocks,
-                                       (struct bnb_cuda_manner){1, true}, q);
+                                       (struct bnb_cuda_manner){.early = true}, q);
 }
 
 bnb_status bnb_cuda_hold_rows(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, float *column_stats,
@@ -42,8 +42,8 @@ static bnb_status hold_flagged(const struct bnb_cuda_call *c, const struct bnb_c
         {.image = "rows8_linear", .name = "bnb_k_linear8_clean", .dtype = BNB_F32, .threads = THREADS},
         {.image = "rows8_linear", .name = "bnb_k_linear8_clean", .dtype = BNB_F16, .threads = THREADS},
         {.image = "rows8_linear", .name = "bnb_k_linear8_clean", .dtype = BNB_BF16, .threads = THREADS}};
-    const bnb_status status =
-        bnb_cuda_launch_as(c, &clean[dtype], bnb_blocks(q->a.cols, THREADS), (struct bnb_cuda_manner){1, true}, q);
+    const bnb_status status = bnb_cuda_launch_as(c, &clean[dtype], bnb_blocks(q->a.cols, THREADS),
+                                                 (struct bnb_cuda_manner){.early = true}, q);
     return status ? status : hold_early(c, q, dtype);
 }
 
@@ -64,7 +64,8 @@ static bnb_status quantise(const struct bnb_cuda_call *c, const struct bnb_rows_
         return hold_flagged(c, &q, dtype);
     for (q.cluster = 1; q.cluster < CLUSTER && q.cluster < a->rows;)
         q.cluster *= 2;
-    return bnb_cuda_launch_as(c, &few[dtype], q.cluster, (struct bnb_cuda_manner){q.cluster, true}, &q);
+    return bnb_cuda_launch_as(c, &few[dtype], q.cluster, (struct bnb_cuda_manner){.cluster = q.cluster, .early = true},
+                              &q);
 }
 
 static bnb_status run(const struct bnb_cuda_call *c, const struct bnb_linear8_block *l, int8_t *codes, unsigned *bits,

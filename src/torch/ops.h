@@ -25,6 +25,8 @@
     X("gemv_4bit.out", bnb_op_gemv_4bit_out)                                     \
     X("_linear_4bit", bnb_op_linear_4bit)                                        \
     X("_linear_4bit_grad", bnb_op_linear_4bit_grad)                              \
+    X("_experts_4bit", bnb_op_experts_4bit)                                      \
+    X("_experts_4bit_grad", bnb_op_experts_4bit_grad)                            \
     X("int8_vectorwise_quant", bnb_op_int8_vectorwise_quant)                     \
     X("int8_vectorwise_dequant", bnb_op_int8_vectorwise_dequant)                 \
     X("int8_double_quant", bnb_op_int8_double_quant)                             \

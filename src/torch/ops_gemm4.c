@@ -13,6 +13,7 @@
 /* The arguments of one product, taken from the stack. */
 struct product4 {
     struct bnb_tensor x, weight, bias, out;
+    struct bnb_tensor first; /* where the rows of each expert begin; not present: one weight */
     struct bnb_scale_tensors scales;
     int64_t n, k, block;
     bnb_type4 type;
@@ -21,20 +22,46 @@ struct product4 {
     bool grad; /* x is the gradient of the output, the result that of the input */
 };
 
+/* How many experts there are, after checks of `first`: 1 without. */
+static int64_t check_experts(struct bnb_call *c, struct product4 *p)
+{
+    if (!p->first.present)
+        return 1;
+    bnb_check_dtype(c, &p->first, BNB_TORCH_int64);
+    if (bnb_call_ok(c) && p->first.n < 2)
+        bnb_call_fail(c, BNB_EINVAL, "%s: first has %lld elements, expected 2 or more: one more than there are experts",
+                      c->op, (long long)p->first.n);
+    bnb_call_stage(c, &p->first, NULL, BNB_STAGE_READ);
+    return bnb_call_ok(c) ? p->first.n - 1 : 1;
+}
+
+/* One for each row of the weight, of all experts. */
+static void check_bias4(struct bnb_call *c, struct product4 *p, int64_t experts)
+{
+    if (!p->first.present) {
+        bnb_check_bias(c, &p->bias, p->n);
+    } else if (p->bias.present) {
+        bnb_check_float_tensor(c, &p->bias);
+        bnb_check_count(c, &p->bias, experts * p->n, " (one per row of the weight of each expert)");
+        bnb_call_stage(c, &p->bias, NULL, BNB_STAGE_READ);
+    }
+    bnb_call_cast(c, &p->bias, p->x.dtype);
+}
+
 /* Check, allocate the result unless there is one, multiply. */
 static void multiply(struct bnb_call *c, struct product4 *p)
 {
-    const int64_t shape[2] = {p->n, p->k};
+    const int64_t experts = check_experts(c, p);
+    const int64_t shape[3] = {experts, p->n, p->k};
     const int64_t inner = p->grad ? p->n : p->k, outer = p->grad ? p->k : p->n;
     const bnb_dtype dtype = bnb_check_float_tensor(c, &p->x);
-    const int64_t count = bnb_check_shape(c, "the shape of the weight", (struct bnb_ints){shape, 2});
+    const int64_t count = bnb_check_shape(c, "the shape of the weight", (struct bnb_ints){shape, 3});
     bnb_check_block_4bit(c, p->block);
     const int64_t rows = bnb_check_rows(c, &p->x, inner);
     bnb_check_packed(c, &p->weight, count, true);
     bnb_check_scale_tensors(c, &p->scales, p->nested);
     bnb_check_blocks(c, &p->scales.absmax, count, p->block);
-    bnb_check_bias(c, &p->bias, p->n);
-    bnb_call_cast(c, &p->bias, p->x.dtype);
+    check_bias4(c, p, experts);
     if (p->out.present) {
         if (bnb_call_ok(c))
             bnb_check_out(c, &p->out, bnb_rows_shape(c, &p->x, outer), p->x.dtype);
@@ -46,6 +73,7 @@ static void multiply(struct bnb_call *c, struct product4 *p)
     const void *x = bnb_read(c, &p->x);
     const uint8_t *codes = bnb_read(c, &p->weight);
     const void *bias = p->bias.present ? bnb_read(c, &p->bias) : NULL;
+    const int64_t *first = p->first.present ? bnb_read(c, &p->first) : NULL;
     const bnb_scales scales = bnb_scale_pointers(c, &p->scales, p->nested);
     void *out = bnb_write(c, &p->out);
     if (!bnb_call_ok(c))
@@ -63,7 +91,9 @@ static void multiply(struct bnb_call *c, struct product4 *p)
                                  .type = p->type,
                                  .dtype = dtype,
                                  .exact = p->exact,
-                                 .values = p->values};
+                                 .values = p->values,
+                                 .first = first,
+                                 .experts = experts};
     c->status = p->grad ? bnb_gemm4_grad(&c->exec, &args) : bnb_gemm4(&c->exec, &args);
 }
 
@@ -132,6 +162,39 @@ void bnb_op_linear_4bit_grad(torch_value *stack, uint64_t inputs, uint64_t outpu
     (void)outputs;
     bnb_call_begin(&c, "_linear_4bit_grad", stack, inputs, 11);
     take_product(&c, &p);
+    check_nesting(&c, &p);
+    multiply(&c, &p);
+    bnb_give(&c, &p.out);
+    bnb_call_end(&c);
+}
+
+/* _experts_4bit(Tensor x, Tensor weight, Tensor absmax, Tensor? absmax_code, Tensor? absmax2, Tensor? offset,
+ *               int blocksize2, int blocksize, str quant_type, int n, int k, Tensor first, Tensor? bias) -> Tensor */
+void bnb_op_experts_4bit(torch_value *stack, uint64_t inputs, uint64_t outputs)
+{
+    struct bnb_call c;
+    struct product4 p = {.type = BNB_NF4};
+    (void)outputs;
+    bnb_call_begin(&c, "_experts_4bit", stack, inputs, 13);
+    take_product(&c, &p);
+    p.first = bnb_take_tensor(&c, "first");
+    p.bias = bnb_take_optional(&c, "bias");
+    check_nesting(&c, &p);
+    multiply(&c, &p);
+    bnb_give(&c, &p.out);
+    bnb_call_end(&c);
+}
+
+/* _experts_4bit_grad(Tensor grad, Tensor weight, Tensor absmax, Tensor? absmax_code, Tensor? absmax2, Tensor? offset,
+ *                    int blocksize2, int blocksize, str quant_type, int n, int k, Tensor first) -> Tensor */
+void bnb_op_experts_4bit_grad(torch_value *stack, uint64_t inputs, uint64_t outputs)
+{
+    struct bnb_call c;
+    struct product4 p = {.type = BNB_NF4, .grad = true};
+    (void)outputs;
+    bnb_call_begin(&c, "_experts_4bit_grad", stack, inputs, 12);
+    take_product(&c, &p);
+    p.first = bnb_take_tensor(&c, "first");
     check_nesting(&c, &p);
     multiply(&c, &p);
     bnb_give(&c, &p.out);

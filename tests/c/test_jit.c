@@ -21,6 +21,9 @@
 
 enum { SKIPPED = 77, MACHINE_CUDA = 190, ALONE = 3 };
 
+/* bfloat16, which every image with variants has. */
+enum { ONE = BNB_BF16 };
+
 static const char *const ending[ALONE] = {"_f32", "_f16", "_bf16"};
 static char folder[JIT_PATH];
 
@@ -60,11 +63,11 @@ static int kernels_in(const void *cubin, const char *end)
     return count;
 }
 
-/* Compile, and look at what came.  Returns the number of kernels; *varies: are there variants by dtype? */
-static int compiled(const struct bnb_cuda_image *image, int dtype, int capability, bool *varies)
+/* Compile, and look at what came.  Returns the number of kernels; *varies: a bit for each dtype that has a variant. */
+static int compiled(const struct bnb_cuda_image *image, int dtype, int capability, unsigned *varies)
 {
     void *cubin = NULL;
-    *varies = false;
+    *varies = 0;
     const bnb_status status = bnb_cuda_compile(image, dtype, capability, "test", &cubin);
     CHECK(status == BNB_OK, "%s, dtype %d, sm_%d: %s", image->name, dtype, capability, bnb_detail());
     if (status)
@@ -78,7 +81,8 @@ static int compiled(const struct bnb_cuda_image *image, int dtype, int capabilit
     for (int other = 0; dtype >= 0 && other < ALONE; other++)
         CHECK(other == dtype || kernels_in(cubin, ending[other]) == 0, "%s: variant %d holds kernels%s", image->name,
               dtype, ending[other]);
-    *varies = kernels_in(cubin, ending[0]) > 0;
+    for (int other = 0; other < ALONE; other++)
+        *varies |= (unsigned)(kernels_in(cubin, ending[other]) > 0) << other;
     free(cubin);
     return kernels;
 }
@@ -91,15 +95,16 @@ static void every_architecture(const struct bnb_cuda_nvrtc *nvrtc, const struct 
         if (nvrtc->known[a] < 50)
             continue;
         double start = seconds();
-        bool varies, ignored;
+        unsigned varies, ignored;
         kernels = compiled(image, -1, nvrtc->known[a], &varies);
         all += seconds() - start;
         const bool oldest = times++ == 0, newest = a == nvrtc->known_count - 1;
         start = seconds();
-        for (int dtype = 0; varies && dtype < ALONE && (full || oldest || newest); dtype++)
-            compiled(image, dtype, nvrtc->known[a], &ignored);
+        for (int dtype = 0; dtype < ALONE && (full || oldest || newest); dtype++)
+            if (varies >> dtype & 1)
+                compiled(image, dtype, nvrtc->known[a], &ignored);
         if (newest && varies)
-            alone = (seconds() - start) / ALONE;
+            alone = (seconds() - start) / __builtin_popcount(varies);
     }
     printf("%-14s %2d kernels, %2d architectures, %5.0f ms each", image->name, kernels, times,
            1e3 * all / (times > 0 ? times : 1));
@@ -114,10 +119,10 @@ static void second_time(const struct bnb_cuda_image *image, int capability)
     void *first = NULL, *second = NULL;
     jit_folder_empty(folder);
     const double start = seconds();
-    CHECK(bnb_cuda_compile(image, 0, capability, "test", &first) == BNB_OK, "%s", bnb_detail());
+    CHECK(bnb_cuda_compile(image, ONE, capability, "test", &first) == BNB_OK, "%s", bnb_detail());
     const double between = seconds();
     CHECK(jit_folder_count(folder, path) == 1 && stat(path, &before) == 0, "no file");
-    CHECK(bnb_cuda_compile(image, 0, capability, "test", &second) == BNB_OK, "%s", bnb_detail());
+    CHECK(bnb_cuda_compile(image, ONE, capability, "test", &second) == BNB_OK, "%s", bnb_detail());
     const double end = seconds();
     CHECK(jit_folder_count(folder, path) == 1 && stat(path, &after) == 0 && before.st_ino == after.st_ino,
           "the file was written again");
@@ -135,10 +140,10 @@ static void newer_and_older_cards(const struct bnb_cuda_nvrtc *nvrtc, const stru
     void *ptx = NULL;
     char target[32];
     snprintf(target, sizeof target, ".target sm_%d\n", nvrtc->known[nvrtc->known_count - 1]);
-    CHECK(bnb_cuda_compile(image, 0, 990, "test", &ptx) == BNB_OK, "%s", bnb_detail());
+    CHECK(bnb_cuda_compile(image, ONE, 990, "test", &ptx) == BNB_OK, "%s", bnb_detail());
     CHECK(ptx && strstr(ptx, target) && strstr(ptx, "bnb_k_"), "no PTX for a card to come");
     free(ptx);
-    CHECK(bnb_cuda_compile(image, 0, 20, "test", &ptx) == BNB_EDEVICE && !ptx && strstr(bnb_detail(), "2.0"), "%s",
+    CHECK(bnb_cuda_compile(image, ONE, 20, "test", &ptx) == BNB_EDEVICE && !ptx && strstr(bnb_detail(), "2.0"), "%s",
           bnb_detail());
 }
 
@@ -155,8 +160,8 @@ static void texts_only(const struct bnb_cuda_image *image, int capability)
         CHECK(mkdir(below[i], 0700) == 0, "no folder %s", below[i]);
     for (int i = 0; i < bnb_cuda_header_count; i++)
         jit_file_store(bnb_cuda_headers[i].name, wrong, sizeof wrong - 1);
-    bool ignored;
-    compiled(image, 0, capability, &ignored);
+    unsigned ignored;
+    compiled(image, ONE, capability, &ignored);
     for (int i = 0; i < bnb_cuda_header_count; i++)
         remove(bnb_cuda_headers[i].name);
     for (size_t i = sizeof below / sizeof below[0]; i > 0; i--)

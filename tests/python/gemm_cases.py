@@ -40,6 +40,22 @@ def normal(*shape, dtype=torch.float32, seed=3):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def expert_samples(x, grad, bias):
+    """Arguments of the operators for experts, of which there are two; the second has more rows."""
+
+    def arguments(nested):
+        packed, state, _ = weight_4bit(2 * N, K, nested=nested)
+        return packed, *F.weight_arguments("test", state)[:-2], N, K
+
+    rows = x.numel() // x.shape[-1]
+    first = torch.tensor([0, rows // 3, rows])
+    return {
+        "_experts_4bit": (x, *arguments(False), first, torch.stack([bias, -bias])),
+        "_experts_4bit nested": (x, *arguments(True), first, None),
+        "_experts_4bit_grad": (grad, *arguments(False), first),
+    }
+
+
 class Bench:
     """Arguments of every product, each matching; a case changes one of them."""
 

@@ -9,7 +9,7 @@ import torch
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
 from bitsandbytes import _ops
-from gemm_cases import CASES, OPS, Bench, K, N, normal, weight_4bit, weight_int8
+from gemm_cases import CASES, OPS, Bench, K, N, expert_samples, normal, weight_4bit, weight_int8
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of the final rounding
@@ -374,7 +374,7 @@ def samples():
                 "int8_mixed_scaled_mm": (x, a, cb, sa, scb, columns, bias),
                 "int8_mixed_scaled_mm none": (x, a, cb, sa, scb),
             }
-            for name, args in table.items():
+            for name, args in {**table, **expert_samples(x, g, bias)}.items():
                 packet, _, which = name.split()[0].partition(".")
                 yield (
                     f"{name}-{kind}-{d}".replace("torch.", ""),
@@ -404,7 +404,7 @@ def same(a, b):
 
 def test_every_operator_has_a_sample():
     names = {str(op).replace(".", "::", 1) for op, _ in SAMPLES.values()}
-    assert len(names) == 16
+    assert len(names) == 18
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name.removesuffix(".default"), "CPU")
 

@@ -272,6 +272,47 @@ def matmul_4bit(
     return result if out is None else fill("out", out, result)
 
 
+class _Experts4bit(torch.autograd.Function):
+    """(x, weight, first, transposed, *weight_arguments()) -> output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, first: Tensor, transposed: bool, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(weight, first, *arguments[:4])
+        ctx.rest, ctx.transposed = arguments[4:], transposed
+        return _multiply_experts(x, weight, arguments, first, transposed)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, first, *scales = ctx.saved_tensors
+        result = _multiply_experts(grad, weight, (*scales, *ctx.rest), first, not ctx.transposed)
+        return result, *(None,) * (len(ctx.rest) + 7)
+
+
+def _multiply_experts(x: Tensor, weight: Tensor, arguments: Any, first: Tensor, transposed: bool) -> Tensor:
+    if transposed:
+        return _ops.call(_bnb._experts_4bit_grad.default, x, weight, *arguments, first)
+    return _ops.call(_bnb._experts_4bit.default, x, weight, *arguments, first, None)
+
+
+def experts_matmul_4bit(
+    x: Tensor, weight: Tensor, quant_state: QuantState, first: Tensor, transposed: bool = False
+) -> Tensor:
+    """x times one weight of a mixture of experts for each group of rows: all of them in one call, none dequantised.
+
+    x            [rows, k], float32, float16 or bfloat16, rows sorted by expert
+    weight       packed codes of W [experts, n, k], any storage dtype;  quant_state  QuantState of W, plain or nested
+    first        int64 [experts + 1], ascending, on the device of x: rows first[e] .. first[e + 1] - 1 are expert e's
+    transposed   False: x W_e^T.  True: x W_e, with x [rows, n]
+    Returns [rows, n], transposed [rows, k], in the dtype of x; rows of no expert are not set.  Gradient: x.
+    ValueError: shapes, dtypes or statistics do not fit; on the CPU also what first holds.
+    """
+    arguments = weight_arguments("experts_matmul_4bit", quant_state, 3)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Experts4bit.apply(x, weight, first, transposed, *arguments)
+    return _multiply_experts(x, weight, arguments, first, transposed)
+
+
 def _matmul_transposed(A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None) -> Tensor:
     """A times a weight that was quantised as [k, n]."""
     if not torch.compiler.is_compiling():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
+from .experts_forward import use_codes
 from .parametrize import packed_names, replace_parameter_4bit
 
 __all__ = ["dequantize_experts", "expert_parameters", "quantize_experts"]
@@ -63,6 +64,8 @@ def quantize_experts(
         if not any(re.search(pattern, full) for pattern in skip):
             replace_parameter_4bit(module, name, compress_statistics, quant_type, blocksize)
             done.append(full)
+    if done:
+        use_codes(model)
     return done
 
 

@@ -20,6 +20,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..functional import quantize_4bit
 from .experts import dequantize_experts, expert_parameters
+from .experts_forward import use_codes
 from .parametrize import replace_parameter_4bit_prequantized
 
 __all__ = ["enable"]
@@ -115,6 +116,8 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
             path, _, name = full.rpartition(".")
             module = model.get_submodule(path)
             replace_parameter_4bit_prequantized(module, name, loaded[full], getattr(module, name).device)
+        if loaded:
+            use_codes(model)
         # Saving undoes the conversions of loading.  It would cut fused codes into experts as if they were floats, and
         # cannot undo that of a 4-bit layer, which is saved as it is.
         kept = () if loaded else model._weight_conversions

@@ -157,6 +157,17 @@ def packed_names(module: nn.Module) -> list[str]:
     return [name for name in names if _list_of(module, name) is not None]
 
 
+def packed_parameter(module: nn.Module, name: str) -> tuple[Tensor, QuantState] | None:
+    """The codes of module.<name> and what describes them, on one device; None if it is not stored in 4 bits."""
+    found = _list_of(module, name)
+    if found is None:
+        return None
+    holder, packed = _find(found), found.original
+    if not torch.compiler.is_compiling():
+        holder.follow(packed)
+    return packed, holder.quant_state
+
+
 # ---------------------------------------------------------------- reading: once in each forward
 
 

@@ -68,7 +68,7 @@ static void gemm4_dot(const struct bnb_gemm4_block *g, const struct bnb_dense_ar
             for (int64_t l = 0; l < g->k; l += PANEL_K) {
                 const int64_t k = smaller(PANEL_K, g->k - l), whole = (k + VF_LANES - 1) / VF_LANES * VF_LANES;
                 for (int64_t j = 0; j < columns; j++) {
-                    decode4_range(g, (column + j) * g->k + l, k, w + j * PANEL_STRIDE);
+                    decode4_range(g, g->start + (column + j) * g->k + l, k, w + j * PANEL_STRIDE);
                     for (int64_t z = k; z < whole; z++)
                         w[j * PANEL_STRIDE + z] = 0.0f;
                 }
@@ -95,7 +95,7 @@ static void gemm4_axpy(const struct bnb_gemm4_block *g, const struct bnb_dense_a
             for (int64_t l = 0; l < g->n; l += AXPY_K) {
                 const int64_t k = smaller(AXPY_K, g->n - l);
                 for (int64_t i = 0; i < k; i++)
-                    decode4_range(g, (l + i) * g->k + column, columns, w + i * AXPY_N);
+                    decode4_range(g, g->start + (l + i) * g->k + column, columns, w + i * AXPY_N);
                 panel_axpy(d->x + row * d->stride + l, d->stride, rows, w, k, sums);
             }
             store_tile(g->out, d->dtype, g->k, &(struct tile){row, rows, column, columns}, sums, AXPY_N, NULL);
@@ -124,7 +124,7 @@ static ALWAYS_INLINE void gemv4_row(const struct bnb_gemm4_block *g, const struc
     UNROLL
     for (int i = 0; i < rows; i++)
         sum[i] = vf_set(0.0f);
-    int64_t at = column * g->k;
+    int64_t at = g->start + column * g->k;
     for (const int64_t stop = at + g->k; at < stop;) {
         const int64_t b = at >> shift, end = smaller(stop, (b + 1) << shift);
         vf even[GEMV_ROWS], odd[GEMV_ROWS];

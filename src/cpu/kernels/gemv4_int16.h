@@ -74,7 +74,7 @@ static ALWAYS_INLINE void int16_row(const struct bnb_gemm4_block *g, const int16
 {
     const int shift = __builtin_ctzll((unsigned long long)g->block);
     const struct bnb_scale_args scales = g->scale;
-    const int64_t start = column * g->k, runs = g->k / RUN;
+    const int64_t start = g->start + column * g->k, runs = g->k / RUN;
     vf sum[GEMV_ROWS];
     UNROLL
     for (int i = 0; i < rows; i++)

@@ -1,8 +1,8 @@
 /*
  * early.cuh - launches of compute capability 9.0 that come to the card before the launch before them is done
  *
- * Only a launch that was asked to come early does, and not before every block of the one before it has let it.  All of an
- * int8 layer's kernels let the next one come, and wait before they read or write what others write or read.
+ * Only a launch that was asked to come early does, and not before every block of the one before it has let it.  All of a
+ * layer's kernels let the next one come, and wait before they read or write what others write or read.
  */
 #ifndef BNB_CUDA_EARLY_CUH
 #define BNB_CUDA_EARLY_CUH

@@ -3,6 +3,7 @@
  *
  * The weight is decoded on the way to the product.  Its rows may begin anywhere: at an odd element, in mid-block.
  */
+#include "cuda/kernels/gemm4_walk.cuh"
 #include "cuda/kernels/gemm_tile.cuh"
 
 /* The 16 values of the type into shared memory. */

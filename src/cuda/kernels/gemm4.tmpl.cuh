@@ -78,23 +78,24 @@ extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_gemv4)(const struct
 
 /* One tile of out [m, outer]: GRAD says along which side of the weight the sum runs. */
 template <bool GRAD>
-DEVICE void NAME(gemm4_tile)(const struct bnb_cuda_gemm4 &p, const float *values, int64_t row, int64_t column,
+DEVICE void NAME(gemm4_tile)(const struct bnb_cuda_gemm4 &p, const struct walk_tile<int64_t> &t, const float *values,
                              float *rows, float *columns)
 {
     const struct bnb_gemm4_block &g = p.g;
-    const int64_t inner = GRAD ? g.n : g.k, outer = GRAD ? g.k : g.n;
+    const int64_t inner = GRAD ? g.n : g.k, outer = GRAD ? g.k : g.n, column = t.column * TILE;
+    const int64_t start = t.expert * g.n * g.k;
     float sums[4][4] = {};
     for (int64_t l = 0; l < inner; l += DEPTH) {
         float v[8];
-        tile_row_values((const T *)g.x, g.m, inner, row, l, p.vector, v);
+        tile_row_values((const T *)g.x, t.end, inner, t.token, l, p.vector, v);
         tile_put_row(rows, v);
         if (GRAD) {
             const int64_t i = l + bring_line(), j = column + bring_column();
-            weight4_values(p, values, i * g.k + j, i < inner ? count8(outer, j) : 0, v);
+            weight4_values(p, values, start + i * g.k + j, i < inner ? count8(outer, j) : 0, v);
             tile_put_line(columns, v);
         } else {
             const int64_t i = column + bring_row(), j = l + bring_depth();
-            weight4_values(p, values, i * g.k + j, i < outer ? count8(inner, j) : 0, v);
+            weight4_values(p, values, start + i * g.k + j, i < outer ? count8(inner, j) : 0, v);
             tile_put_row(columns, v);
         }
         __syncthreads();
@@ -104,22 +105,25 @@ DEVICE void NAME(gemm4_tile)(const struct bnb_cuda_gemm4 &p, const float *values
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         const int64_t at = column + tile_column() + j;
-        const float bias = g.bias && at < outer ? value_of((const T *)g.bias + at) : 0.0f;
+        const float bias = g.bias && at < outer ? value_of((const T *)g.bias + t.expert * outer + at) : 0.0f;
 #pragma unroll
         for (int i = 0; i < 4; i++)
             sums[i][j] += bias;
     }
-    tile_store((T *)g.out, g.m, outer, row, column, p.store, sums);
+    tile_store((T *)g.out, t.end, outer, t.token, column, p.store, sums);
 }
 
 template <bool GRAD> DEVICE void NAME(gemm4_tiles)(const struct bnb_cuda_gemm4 &p)
 {
     __shared__ float values[16];
     alignas(16) __shared__ float rows[OPERAND], columns[OPERAND];
-    const int64_t across = ((GRAD ? p.g.k : p.g.n) + TILE - 1) / TILE, tiles = (p.g.m + TILE - 1) / TILE * across;
+    const int64_t across = ((GRAD ? p.g.k : p.g.n) + TILE - 1) / TILE;
+    const struct walk_work work = {p.g.first, p.g.m, p.g.first ? (int)p.g.experts : 1, 1};
+    struct walk<int64_t> w = {(int64_t)blockIdx.x, 0, 0};
+    struct walk_tile<int64_t> t;
     load_values4(p, values);
-    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x)
-        NAME(gemm4_tile)<GRAD>(p, values, t / across * TILE, t % across * TILE, rows, columns);
+    while (walk_next(work, TILE, across, (int)gridDim.x, &w, &t))
+        NAME(gemm4_tile)<GRAD>(p, t, values, rows, columns);
 }
 
 extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_gemm4)(const struct bnb_cuda_gemm4 p)

@@ -161,6 +161,43 @@ struct bnb_cuda_gemm4 {
     int type, shift, whole, vector, store;
 };
 
+/*
+ * The fast products by a 4-bit weight.  values: those of the codes times a gain, chosen so that they round well; shrink is
+ * 1 / gain.  shift2: of block2, a power of two.  store: out can be written in wide accesses.
+ *   first    [experts + 1]: the weight is [experts, n, k], and rows first[e] to first[e + 1] of x and out are expert e's;
+ *            NULL: one weight, and all m rows
+ *   partial  [splits][m][n]: sums of the splits of K, added by another kernel; NULL without splits
+ *   steps    along K, of each split
+ *   few      a block of threads multiplies `bands` bands of rows of the weight; a band's K lies with `slices` warps in
+ *            turn.  depth: steps under way, of `stage` bytes each
+ */
+struct bnb_cuda_gemm4_fast {
+    struct bnb_gemm4_block g;
+    const int64_t *first;
+    float *partial;
+    float values[16], shrink;
+    int shift, shift2, experts, splits, steps, store;
+    int bands, slices, depth, stage;
+};
+
+/* What the driver makes of the shape of a tensor, for bulk copies of its boxes: cuTensorMapEncodeTiled's CUtensorMap. */
+struct bnb_cuda_map { BNB_CUDA_ALIGN64 uint64_t word[16]; };
+
+/* Many rows of activations on 9.0; a step is 64 of K, gain that of f16. */
+struct bnb_cuda_gemm4_wide {
+    struct bnb_cuda_map x, codes;
+    struct bnb_cuda_gemm4_fast fast;
+};
+
+/* partial [splits][m][n] + bias -> out [m, n] */
+struct bnb_cuda_gemm4_sum {
+    const float *partial;
+    const void *bias;
+    void *out;
+    int64_t m, n;
+    int splits;
+};
+
 /* count: how many columns of outliers there are; NULL: g.outliers.  threshold: as below.  codes, vector, store: a and b, x,
  * and out can be moved in wide accesses. */
 struct bnb_cuda_gemm8 {
@@ -169,9 +206,6 @@ struct bnb_cuda_gemm8 {
     float threshold;
     int codes, vector, store;
 };
-
-/* What the driver makes of a matrix for bulk copies: cuTensorMapEncodeTiled's CUtensorMap. */
-struct bnb_cuda_map { BNB_CUDA_ALIGN64 uint64_t word[16]; };
 
 /*
  * A product on matrix units.  dtype: of x and out; store: out can be written in accesses of 16 bytes; the maps are those of

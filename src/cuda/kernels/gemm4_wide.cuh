@@ -1,0 +1,222 @@
+/*
+ * gemm4_wide.cuh - a 4-bit weight times many rows of activations on 9.0: wgmma with weights decoded in registers
+ *
+ * Both ways: x W^T and, for the gradient, x W.  Columns of the result are rows of the operand A, out is transposed.  A
+ * cluster of two blocks makes 256 columns by TOKENS rows; each block has 128 columns, its two warpgroups 64 each.  One
+ * thread brings codes and activations by tensor copies, RING steps of 64 along the sum ahead; each block brings half of
+ * the activations, to both.
+ *
+ * full[s]: the copies of slot s have landed.  empty[s]: all warps of both blocks are done with slot s.  Both ends walk
+ * over the same tiles and steps, so that slots and phases agree; peers leave together, for they signal each other.
+ */
+#ifndef BNB_CUDA_GEMM4_WIDE_CUH
+#define BNB_CUDA_GEMM4_WIDE_CUH
+
+#include "cuda/kernels/gemm4_decode.cuh"
+#include "cuda/kernels/gemm4_walk.cuh"
+#include "cuda/kernels/gemm_hopper.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/* What scales multiply, in f32: sums of 64 products, for few tokens; or weights, which are then rounded to T, so that
+ * they are within 2^-13 the numbers that dequantising gives. */
+enum { WIDE_SUMS, WIDE_WEIGHTS, WIDE_GRAD };
+
+template <int COUNT, int HOW> struct wide_shape {
+    enum {
+        TOKENS = COUNT,
+        MODE = HOW,
+        GRAD = HOW == WIDE_GRAD,
+        SUMS = COUNT / 2, /* of a thread */
+        PIECE = GRAD ? 32
+        : COUNT < 64 ? COUNT
+                     : 64, /* tokens that are stored at a time */
+        X_BYTES = COUNT * 128,
+        CODES = 4096,
+        RING = COUNT == 256 ? 4
+        : COUNT == 128      ? 6
+                            : 8,
+        X_AT = PAIRS,
+        CODES_AT = X_AT + RING * X_BYTES,
+        STAGING_AT = CODES_AT + RING * CODES,
+        STAGING = PIECE * 128, /* a piece, and 64 columns, for each warpgroup */
+        SCALES_AT = STAGING_AT + 2 * STAGING,
+        SCALES = 1024, /* GRAD: [warpgroup][32 columns][row] of a step */
+        MAP2_AT = STAGING_AT + 2 * 8192,
+        BARRIERS_AT = MAP2_AT + 1024
+    };
+};
+
+/* ---------------------------------------------------------------- tiles */
+
+struct wide_tile {
+    struct walk_tile<int> at;
+    int column;      /* of the expert's result, this block's first */
+    int step, steps; /* of 64 along the sum */
+};
+
+template <class S> DEVICE int wide_inner(const struct bnb_cuda_gemm4_fast &p) { return (int)(S::GRAD ? p.g.n : p.g.k); }
+template <class S> DEVICE int wide_outer(const struct bnb_cuda_gemm4_fast &p) { return (int)(S::GRAD ? p.g.k : p.g.n); }
+
+DEVICE struct walk<int> wide_start()
+{
+    struct walk<int> w = {(int)blockIdx.x / 2, 0, 0};
+    return w;
+}
+
+/* This cluster's next tile; false after its last. */
+template <class S> DEVICE bool wide_next(const struct bnb_cuda_gemm4_fast &p, struct walk<int> *w, struct wide_tile *t)
+{
+    const struct walk_work work = {p.first, p.g.m, p.experts, p.splits};
+    if (!walk_next(work, S::TOKENS, (wide_outer<S>(p) + 255) / 256, (int)gridDim.x / 2, w, &t->at))
+        return false;
+    const int left = (wide_inner<S>(p) + 63) / 64 - t->at.split * p.steps;
+    t->column = t->at.column * 256 + (int)cluster_rank() * 128;
+    t->step = t->at.split * p.steps;
+    t->steps = left < p.steps ? left : p.steps;
+    return true;
+}
+
+/* The same for a whole warp, in numbers that the compiler knows to be the same for all of it. */
+template <class S>
+DEVICE bool wide_next_of_warp(const struct bnb_cuda_gemm4_fast &p, struct walk<int> *w, struct wide_tile *t)
+{
+    const bool there = same_in_warp(wide_next<S>(p, w, t));
+    t->at.token = same_in_warp(t->at.token), t->at.end = same_in_warp(t->at.end);
+    t->at.expert = same_in_warp(t->at.expert), t->at.split = same_in_warp(t->at.split);
+    t->column = same_in_warp(t->column), t->step = same_in_warp(t->step), t->steps = same_in_warp(t->steps);
+    return there;
+}
+
+/* ---------------------------------------------------------------- copies */
+
+template <class S>
+DEVICE void wide_bring(const struct bnb_cuda_gemm4_wide &p, unsigned char *memory, uint64_t *full, uint64_t *empty)
+{
+    struct walk<int> walk = wide_start();
+    struct wide_tile t;
+    const int half = S::TOKENS / 2, rank = (int)cluster_rank();
+    int slot = 0;
+    unsigned parity = 1;
+    while (wide_next<S>(p.fast, &walk, &t)) {
+        const int base = t.at.expert * (int)p.fast.g.n;
+        for (int i = 0; i < t.steps; i++) {
+            const int l = (t.step + i) * 64;
+            barrier_wait(empty + slot, parity);
+            barrier_expect(full + slot, S::X_BYTES + S::CODES);
+            copy_box(memory + S::CODES_AT + slot * S::CODES, &p.codes, (S::GRAD ? t.column : l) / 2,
+                     base + (S::GRAD ? l : t.column), full + slot);
+            copy_box_to(memory + S::X_AT + slot * S::X_BYTES + rank * (S::X_BYTES / 2), &p.x, l,
+                        t.at.token + rank * half, full + slot, 3);
+            if (++slot == S::RING)
+                slot = 0, parity ^= 1;
+        }
+    }
+}
+
+/* ---------------------------------------------------------------- what a thread that multiplies keeps */
+
+struct wide_thread {
+    unsigned char *memory;
+    uint64_t *full, *empty;
+    float offset;             /* of nested scales */
+    int group, warp, lane;    /* of the two warpgroups; of its four warps */
+    int first, second;        /* its two columns among the 128 of the block: rows g and g + 8 of its warp's operand */
+    unsigned at, selector;    /* of this lane: its byte of the table's addresses; what picks its bytes of codes */
+    int grad_codes, grad_scales; /* GRAD: where in a slot this lane's begin */
+    int slot;                 /* of the step that is decoded */
+    unsigned parity;
+    int now, previous;        /* slots of the step that is multiplied, and of the one before it */
+};
+
+/* On to the slot of the next step. */
+DEVICE void wide_turn(struct wide_thread *w, int ring)
+{
+    if (++w->slot == ring)
+        w->slot = 0, w->parity ^= 1;
+}
+
+template <class S> DEVICE void wide_release(const struct wide_thread &w)
+{
+    if (w.lane < 2)
+        barrier_arrive_at(w.empty + w.previous, (unsigned)w.lane);
+}
+
+/* ---------------------------------------------------------------- results */
+
+/* Sums as they are, of a split. */
+template <class S>
+DEVICE void wide_store_split(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t,
+                             const struct wide_thread &w, const float (&sums)[S::SUMS])
+{
+    const int outer = wide_outer<S>(p), first = t.at.token + w.lane % 4 * 2;
+    float *to = p.partial + (int64_t)t.at.split * p.g.m * outer;
+#pragma unroll
+    for (int i = 0; i < S::SUMS; i++) {
+        const int token = first + i / 4 * 8 + i % 2, column = t.column + (i % 4 / 2 ? w.second : w.first);
+        if (token < t.at.end && column < outer)
+            to[(int64_t)token * outer + column] = sums[i];
+    }
+}
+
+/* The results of 16 tokens in T, rows of 64 columns as they will lie in memory, swizzled by 16 bytes. */
+template <typename T, class S>
+DEVICE void wide_stage(unsigned char *staging, const struct wide_thread &w, int token, const float v[8], float top,
+                       float low)
+{
+    const T *tag = nullptr;
+    if (S::GRAD) { /* its columns are neighbours */
+        const int at = (w.first - w.group * 64) * 2;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = token + i / 2 * 8 + w.lane % 4 * 2 + i % 2;
+            *(unsigned *)(staging + row * 128 + (at / 16 ^ row % 8) * 16 + at % 16) =
+                quick_pair(tag, v[i / 2 * 4 + i % 2], v[i / 2 * 4 + i % 2 + 2]);
+        }
+        return;
+    }
+    const unsigned r[4] = {quick_pair(tag, v[0] + top, v[1] + top), quick_pair(tag, v[2] + low, v[3] + low),
+                           quick_pair(tag, v[4] + top, v[5] + top), quick_pair(tag, v[6] + low, v[7] + low)};
+    const int row = token + w.lane / 16 * 8 + w.lane % 8, chunk = w.warp * 2 + w.lane / 8 % 2;
+    store_matrices_transposed(staging + row * 128 + (chunk ^ row % 8) * 16, r);
+}
+
+/* Sums with bias to T, some tokens at a time through the warpgroup's part of shared memory. */
+template <typename T, class S>
+DEVICE void wide_store(const struct bnb_cuda_gemm4_wide &p, const struct wide_tile &t, const struct wide_thread &w,
+                       const float (&sums)[S::SUMS])
+{
+    const struct bnb_gemm4_block &g = p.fast.g;
+    const int outer = wide_outer<S>(p.fast), thread = w.warp * 32 + w.lane, start = t.column + w.group * 64;
+    const T *bias = (const T *)g.bias + (int64_t)t.at.expert * outer + t.column;
+    const float top = g.bias && t.column + w.first < outer ? value_of(bias + w.first) : 0.0f;
+    const float low = g.bias && t.column + w.second < outer ? value_of(bias + w.second) : 0.0f;
+    unsigned char *staging = w.memory + S::STAGING_AT + w.group * S::STAGING;
+#pragma unroll
+    for (int c = 0; c < S::TOKENS / S::PIECE; c++) {
+        some_barrier(1 + w.group, 128);
+#pragma unroll
+        for (int i = 0; i < S::PIECE / 16; i++)
+            wide_stage<T, S>(staging, w, i * 16, sums + c * (S::PIECE / 2) + i * 8, top, low);
+        some_barrier(1 + w.group, 128);
+#pragma unroll
+        for (int i = 0; i < S::PIECE / 16; i++) {
+            const int row = i * 16 + thread / 8, chunk = thread % 8, column = start + chunk * 8;
+            const unsigned char *from = staging + row * 128 + (chunk ^ row % 8) * 16;
+            const int token = t.at.token + c * S::PIECE + row;
+            if (token >= t.at.end || column >= outer)
+                continue;
+            T *to = (T *)g.out + (int64_t)token * outer + column;
+            if (p.fast.store) {
+                *(uint4 *)to = *(const uint4 *)from;
+            } else {
+                for (int e = 0; e < 8 && column + e < outer; e++)
+                    to[e] = ((const T *)from)[e];
+            }
+        }
+    }
+}
+
+#endif
+
+#endif

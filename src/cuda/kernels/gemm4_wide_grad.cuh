@@ -1,0 +1,140 @@
+/*
+ * gemm4_wide_grad.cuh - the steps of x W on 9.0: pairs of codes down a column of the weight
+ *
+ * A step is 64 rows of the weight.  Its codes come as rows of 64 bytes; a transposing load gives a lane the same four
+ * columns of two neighbouring rows, of which its warp takes two: the warps with an even number the first two, the others
+ * the last two.  Their nibbles change places, and are indices of the table of pairs like those along a row.
+ *
+ * Each row has a scale, in a sector of memory of its own: eight warps that looked for them would ask the first-level
+ * cache for more sectors than there are cycles in a step.  So two warps look, one for each warpgroup, and put them into
+ * the slot.
+ */
+#ifndef BNB_CUDA_GEMM4_WIDE_GRAD_CUH
+#define BNB_CUDA_GEMM4_WIDE_GRAD_CUH
+
+#include "cuda/kernels/gemm4_wide.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/* ---------------------------------------------------------------- the warps that bring scales */
+
+/* Of rows `lane` and `lane + 32` of a step: of the warpgroup's first columns, and its last 32. */
+struct wide_grad_scales {
+    int64_t at, other;       /* elements of the weight, in row `lane` of the next step */
+    struct scale4 raw[2][2]; /* of the next step: [first or last][row] */
+    int left;                /* rows of the weight from that row on */
+};
+
+/* May a row's first and last 32 columns have different scales? */
+DEVICE bool wide_grad_halves(const struct bnb_cuda_gemm4_fast &p) { return p.shift == 5 || p.g.k % 64 != 0; }
+
+DEVICE void wide_grad_load(const struct bnb_cuda_gemm4_fast &p, struct wide_grad_scales *s)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int64_t more = s->left > i * 32 ? i * 32 * p.g.k : 0;
+        if (s->left <= 0)
+            continue;
+        s->raw[0][i] = scale4_load(p, s->at + more);
+        if (wide_grad_halves(p))
+            s->raw[1][i] = scale4_load(p, s->other + more);
+    }
+}
+
+/* Those of the step into its slot, rows beyond the weight zero; then on to the next. */
+DEVICE void wide_grad_put(const struct bnb_cuda_gemm4_fast &p, const float *map2, float offset,
+                          struct wide_grad_scales *s, float *to)
+{
+    const int lane = (int)threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const bool there = s->left > i * 32;
+        to[lane + i * 32] = there ? scale4_value(p, s->raw[0][i], map2, offset) * p.shrink : 0.0f;
+        if (wide_grad_halves(p))
+            to[64 + lane + i * 32] = there ? scale4_value(p, s->raw[1][i], map2, offset) * p.shrink : 0.0f;
+    }
+    s->at += 64 * p.g.k, s->other += 64 * p.g.k;
+    s->left -= 64;
+}
+
+/* By a warp, for the 64 columns of warpgroup `group`. */
+template <class S>
+DEVICE void wide_bring_scales(const struct bnb_cuda_gemm4_fast &p, int group, unsigned char *memory, uint64_t *full,
+                              uint64_t *empty)
+{
+    struct walk<int> walk = wide_start();
+    struct wide_tile t;
+    const int lane = (int)threadIdx.x % 32, end = (int)p.g.k;
+    const float *map2 = (const float *)(memory + S::MAP2_AT);
+    const float offset = p.g.scale.absmax2 ? __ldg(p.g.scale.offset) : 0.0f;
+    int slot = 0;
+    unsigned parity = 1;
+    while (wide_next_of_warp<S>(p, &walk, &t)) {
+        const int row = t.step * 64 + lane, column = t.column + group * 64;
+        const int64_t start = (t.at.expert * p.g.n + row) * p.g.k;
+        struct wide_grad_scales s = {};
+        s.left = (int)p.g.n - row;
+        s.at = start + (column < end ? column : 0);
+        s.other = start + (column + 32 < end ? column + 32 : 0);
+        wide_grad_load(p, &s);
+        for (int i = 0; i < t.steps; i++) {
+            barrier_wait(empty + slot, parity);
+            wide_grad_put(p, map2, offset, &s, (float *)(memory + S::SCALES_AT + slot * S::SCALES) + group * 128);
+            __syncwarp();
+            if (lane == 0)
+                barrier_arrive(full + slot);
+            if (i + 1 < t.steps)
+                wide_grad_load(p, &s);
+            if (++slot == S::RING)
+                slot = 0, parity ^= 1;
+        }
+    }
+}
+
+/* ---------------------------------------------------------------- a decoder for wide_steps */
+
+struct wide_grad {
+    const unsigned char *from; /* codes of the slot, as far as they are the same for all fragments */
+    const float *scale;        /* of its rows, this lane's first two of a fragment */
+    unsigned codes[4], pair[4], a[4][4];
+    float2 near, far; /* scales of the pairs: of rows 2j and 2j + 1, and of those eight on */
+};
+
+template <class S> DEVICE void wide_meet(const struct wide_thread &w, struct wide_grad *d)
+{
+    barrier_wait(w.full + w.slot, w.parity);
+    d->from = w.memory + S::CODES_AT + w.slot * S::CODES + w.grad_codes;
+    d->scale = (const float *)(w.memory + S::SCALES_AT + w.slot * S::SCALES + w.grad_scales);
+}
+
+DEVICE void wide_codes(int h, struct wide_grad *d) { load_matrices_transposed(d->codes, d->from + h * 2048); }
+
+DEVICE void wide_look(const struct wide_thread &w, int q, struct wide_grad *d)
+{ /* bytes: of rows 2j and 2j + 1, then of those eight on */
+    const unsigned both = __byte_perm(d->codes[q % 2 * 2], d->codes[q % 2 * 2 + 1], w.selector);
+    const unsigned index = (both & 0x0ff00ff0u) | (both >> 12 & 0x000f000fu) | (both << 12 & 0xf000f000u);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        d->pair[i] = pair_at(w.memory, index, w.at, pair_selector(i));
+    d->near = *(const float2 *)(d->scale + q * 16), d->far = *(const float2 *)(d->scale + q * 16 + 8);
+}
+
+/* They lie in the slot. */
+template <class S>
+DEVICE void wide_scales_at(const struct bnb_cuda_gemm4_fast &, const struct wide_tile &, const struct wide_thread &,
+                           int, struct wide_grad *)
+{
+}
+
+template <typename T, class S> DEVICE void wide_round(int q, struct wide_grad *d)
+{
+    const T *tag = nullptr;
+    d->a[q][0] = scale_pair(tag, d->pair[0], d->near.x, d->near.y);
+    d->a[q][1] = scale_pair(tag, d->pair[1], d->near.x, d->near.y);
+    d->a[q][2] = scale_pair(tag, d->pair[2], d->far.x, d->far.y);
+    d->a[q][3] = scale_pair(tag, d->pair[3], d->far.x, d->far.y);
+}
+
+#endif
+
+#endif

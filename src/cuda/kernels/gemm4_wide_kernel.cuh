@@ -1,0 +1,123 @@
+/*
+ * gemm4_wide_kernel.cuh - the kernel of gemm4_wide.cuh: 384 threads, of which 256 multiply and few bring
+ */
+#ifndef BNB_CUDA_GEMM4_WIDE_KERNEL_CUH
+#define BNB_CUDA_GEMM4_WIDE_KERNEL_CUH
+
+#include "cuda/kernels/gemm4_wide_steps.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+template <class S>
+DEVICE struct wide_thread wide_thread_of(const struct bnb_cuda_gemm4_fast &p, int warp, unsigned char *memory)
+{
+    struct wide_thread w = {};
+    w.memory = memory;
+    w.full = (uint64_t *)(memory + S::BARRIERS_AT), w.empty = w.full + S::RING;
+    w.offset = p.g.scale.absmax2 ? __ldg(p.g.scale.offset) : 0.0f;
+    w.group = warp / 4 - 1, w.warp = warp % 4, w.lane = (int)threadIdx.x % 32;
+    const int g = w.lane / 4;
+    w.first = w.group * 64 + (S::GRAD ? w.warp / 2 * 32 + g * 4 + w.warp % 2 * 2 : w.warp * 16 + g);
+    w.second = w.first + (S::GRAD ? 1 : 8);
+    w.at = (unsigned)w.lane * 4;
+    w.selector = !S::GRAD ? pair_selector(w.lane % 4) : w.warp % 2 ? 0x7531u : 0x6420u;
+    w.grad_codes = w.lane * 64 + ((w.group * 2 + w.warp / 2) ^ w.lane / 2 % 4) * 16;
+    w.grad_scales = w.group * 512 + (wide_grad_halves(p) ? w.warp / 2 * 256 : 0) + w.lane % 4 * 8;
+    return w;
+}
+
+template <typename T, class S>
+DEVICE void wide_store_tile(const struct bnb_cuda_gemm4_wide &p, const struct wide_tile &t, const struct wide_thread &w,
+                            const float (&sums)[S::SUMS])
+{
+    if (p.fast.partial)
+        wide_store_split<S>(p.fast, t, w, sums);
+    else
+        wide_store<T, S>(p, t, w, sums);
+}
+
+template <typename T, class S>
+DEVICE void wide_multiply_forward(const struct bnb_cuda_gemm4_wide &p, struct wide_thread &w)
+{
+    struct walk<int> walk = wide_start();
+    struct wide_tile t, next;
+    struct wide_forward d = {};
+    bool there = wide_next_of_warp<S>(p.fast, &walk, &next);
+    if (there)
+        wide_rows_begin(p.fast, next, w, &d.rows);
+    while (there) {
+        float sums[S::SUMS];
+        t = next;
+        if constexpr (S::MODE == WIDE_SUMS)
+            wide_steps_sums<T, S>(p.fast, t, &w, &d, sums);
+        else
+            wide_steps<T, S>(p.fast, t, &w, &d, sums);
+        there = wide_next_of_warp<S>(p.fast, &walk, &next);
+        if (there) /* its scales come while these results go */
+            wide_rows_begin(p.fast, next, w, &d.rows);
+        wide_store_tile<T, S>(p, t, w, sums);
+    }
+}
+
+template <typename T, class S>
+DEVICE void wide_multiply_grad(const struct bnb_cuda_gemm4_wide &p, struct wide_thread &w)
+{
+    struct walk<int> walk = wide_start();
+    struct wide_tile t;
+    struct wide_grad d = {};
+    while (wide_next_of_warp<S>(p.fast, &walk, &t)) {
+        float sums[S::SUMS];
+        wide_steps<T, S>(p.fast, t, &w, &d, sums);
+        wide_store_tile<T, S>(p, t, w, sums);
+    }
+}
+
+/* Values of the table: scaled ones are rounded to T only then. */
+template <typename T, class S> DEVICE void wide_table(const struct bnb_cuda_gemm4_fast &p, unsigned char *pairs)
+{
+    if (S::MODE == WIDE_SUMS)
+        pairs_fill((const T *)nullptr, p, pairs, threadIdx.x, 384);
+    else
+        pairs_fill((const f16 *)nullptr, p, pairs, threadIdx.x, 384);
+}
+
+template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_gemm4_wide &p)
+{
+    SHARED_MEMORY(memory);
+    uint64_t *full = (uint64_t *)(memory + S::BARRIERS_AT), *empty = full + S::RING;
+    const int warp = warp_number();
+    let_next_launch_come();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < S::RING; i++) {
+            barrier_init(full + i, S::GRAD ? 3 : 1);
+            barrier_init(empty + i, 16); /* eight warps of each block */
+        }
+        barriers_ready();
+    }
+    wide_table<T, S>(p.fast, memory);
+    wait_for_launch_before();
+    map2_fill(p.fast, (float *)(memory + S::MAP2_AT), threadIdx.x, 384);
+    __syncthreads();
+    cluster_barrier();
+    if (warp < 4) {
+        registers_down_to<40>();
+        if (threadIdx.x == 0)
+            wide_bring<S>(p, memory, full, empty);
+        if constexpr (S::GRAD)
+            if (warp == 1 || warp == 2)
+                wide_bring_scales<S>(p.fast, warp - 1, memory, full, empty);
+        __syncwarp();
+    } else {
+        registers_to<232>();
+        struct wide_thread w = wide_thread_of<S>(p.fast, warp, memory);
+        if constexpr (S::GRAD)
+            wide_multiply_grad<T, S>(p, w);
+        else
+            wide_multiply_forward<T, S>(p, w);
+    }
+    cluster_barrier();
+}
+
+#endif
+
+#endif

@@ -1,0 +1,125 @@
+/*
+ * gemm4_wide_steps.cuh - all steps of a tile: products of fragments, and decoding in their shadow
+ *
+ * A warp that starts products of operands in its registers stands still until the matrix units take them.  So a step is
+ * cut into four fragments of 16 along the sum, and behind the start of each a warp decodes a little of those that follow:
+ * one is rounded, for one pairs are looked up, for one codes are loaded.  No latency of these is then waited for.
+ *
+ * D is a decoder, of gemm4_wide_forward.cuh or gemm4_wide_grad.cuh.  wide_meet: the slot of step w.slot is full.
+ * wide_codes loads those of half h of that step.  wide_look looks up the pairs of fragment q, whose codes were loaded
+ * last.  wide_scales_at has the scales of step i.  wide_round makes a fragment of the pairs that were looked up last.
+ */
+#ifndef BNB_CUDA_GEMM4_WIDE_STEPS_CUH
+#define BNB_CUDA_GEMM4_WIDE_STEPS_CUH
+
+#include "cuda/kernels/gemm4_wide_forward.cuh"
+#include "cuda/kernels/gemm4_wide_grad.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/* sums += scale * part */
+template <int COUNT> DEVICE void wide_fold(float (&sums)[COUNT], const float (&part)[COUNT], const float scale[2])
+{
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+        sums[i] = __fmaf_rn(scale[i % 4 / 2], part[i], sums[i]);
+}
+
+/* The products of step i into `to`, and in their shadow the rest of its own fragments and, unless it is the LAST, the first
+ * ones of the next.  SUMS: `to` has products of this step alone, `last` those of the step before, which are then done. */
+template <typename T, class S, bool LAST, class D>
+DEVICE void wide_step(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, int i, struct wide_thread *w,
+                      D *d, float (&to)[S::SUMS], const float (&last)[S::SUMS], float (&sums)[S::SUMS])
+{
+    const uint64_t b = wgmma_operand(w->memory + S::X_AT + w->now * S::X_BYTES);
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+        wgmma_begin();
+        wgmma((const T *)nullptr, to, d->a[q], b + 2 * q, q > 0 || (S::MODE != WIDE_SUMS && i > 0));
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (q == 0 && i > 0) {
+            wide_release<S>(*w);
+            if constexpr (S::MODE == WIDE_SUMS)
+                wide_fold(sums, last, d->before);
+        }
+        if (LAST && q >= 2)
+            continue;
+        if (q == 2)
+            wide_scales_at<S>(p, t, *w, i + 1, d);
+        wide_round<T, S>((q + 2) % 4, d);
+        if (LAST && q >= 1)
+            continue;
+        wide_look(*w, (q + 3) % 4, d);
+        if (!LAST && q == 0)
+            wide_meet<S>(*w, d);
+        if (!LAST && q % 2 == 0)
+            wide_codes(q / 2, d);
+    }
+    w->previous = w->now, w->now = w->slot;
+    if (!LAST)
+        wide_turn(w, S::RING);
+}
+
+/* What must be decoded before the first step. */
+template <typename T, class S, class D>
+DEVICE void wide_first(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, struct wide_thread *w, D *d)
+{
+    w->now = w->slot;
+    wide_meet<S>(*w, d);
+    wide_codes(0, d);
+    wide_scales_at<S>(p, t, *w, 0, d);
+    wide_look(*w, 0, d);
+    wide_round<T, S>(0, d);
+    wide_look(*w, 1, d);
+    wide_codes(1, d);
+    wide_round<T, S>(1, d);
+    wide_look(*w, 2, d);
+    wide_turn(w, S::RING);
+}
+
+/* All steps of a tile. */
+template <typename T, class S, class D>
+DEVICE void wide_steps(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, struct wide_thread *w, D *d,
+                       float (&sums)[S::SUMS])
+{
+    int i = 0;
+    wide_first<T, S>(p, t, w, d);
+    for (; i + 1 < t.steps; i++)
+        wide_step<T, S, false>(p, t, i, w, d, sums, sums, sums);
+    wide_step<T, S, true>(p, t, i, w, d, sums, sums, sums);
+    wgmma_wait<0>();
+    wide_release<S>(*w);
+}
+
+/* The same where scales multiply sums: the compiler must see without a doubt which products have ended. */
+template <typename T, class S>
+DEVICE void wide_steps_sums(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, struct wide_thread *w,
+                            struct wide_forward *d, float (&sums)[S::SUMS])
+{
+    float even[S::SUMS], odd[S::SUMS];
+#pragma unroll
+    for (int i = 0; i < S::SUMS; i++)
+        sums[i] = 0.0f;
+    wide_first<T, S>(p, t, w, d);
+    int i = 0;
+    for (; i + 2 < t.steps; i += 2) {
+        wide_step<T, S, false>(p, t, i, w, d, even, odd, sums);
+        wide_step<T, S, false>(p, t, i + 1, w, d, odd, even, sums);
+    }
+    if (i + 1 < t.steps) {
+        wide_step<T, S, false>(p, t, i, w, d, even, odd, sums);
+        wide_step<T, S, true>(p, t, i + 1, w, d, odd, even, sums);
+        wgmma_wait<0>();
+        wide_fold(sums, odd, d->scale);
+    } else {
+        wide_step<T, S, true>(p, t, i, w, d, even, odd, sums);
+        wgmma_wait<0>();
+        wide_fold(sums, even, d->scale);
+    }
+    wide_release<S>(*w);
+}
+
+#endif
+
+#endif
