@@ -98,3 +98,12 @@ def python(*arguments, **environment):
     run = [sys.executable, *arguments]
     done = subprocess.run(run, capture_output=True, text=True, env=env, check=False, timeout=300)
     return done.returncode, done.stdout, done.stderr
+
+
+def host(value):
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def f32_slack(terms):
+    """f32 sums of so many products, the weight's own rounding, and a bias."""
+    return (terms + 3) * 2.0**-24
