@@ -8,7 +8,8 @@
  */
 #include "core/plan_gemm8.h"
 
-#include <stdio.h>
+#include <limits.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { ROWS = 128, DEPTH = 128, FEW = 8, MAX_SPLIT = 8 };
@@ -106,13 +107,33 @@ int bnb_plan_gemm8_grad(const struct bnb_gemm8_shape *s, const struct bnb_gemm8_
 
 /* ---- a plan by name */
 
+/* A word of up to seven letters, and up to `most` numbers behind it; those that are not there stay as they are. */
+static bool read_plan(const char *text, char word[8], int *const number[], int most)
+{
+    const size_t letters = text ? strcspn(text, " ") : 0;
+    if (letters < 1 || letters > 7)
+        return false;
+    memcpy(word, text, letters);
+    word[letters] = '\0';
+    text += letters;
+    for (int i = 0; i < most; i++) {
+        char *end = NULL;
+        const long value = strtol(text, &end, 10);
+        if (end == text)
+            break;
+        *number[i] = value < 0 || value > INT_MAX ? 0 : (int)value;
+        text = end;
+    }
+    return true;
+}
+
 bool bnb_plan_gemm8_named(const char *text, const struct bnb_gemm8_shape *s, const struct bnb_gemm8_card *card,
                           struct bnb_gemm8_plan *plan)
 {
     static const char *const names[] = {"plain", "mma", "narrow", "wide"};
     struct bnb_gemm8_plan p = {BNB_GEMM8_PLAIN, ROWS, 1, 1, 8};
     char name[8] = "";
-    if (!text || sscanf(text, "%7s %d %d %d %d", name, &p.tokens, &p.split, &p.share, &p.group) < 1)
+    if (!read_plan(text, name, (int *const[]){&p.tokens, &p.split, &p.share, &p.group}, 4))
         return false;
     int way = 0;
     while (way < 4 && strcmp(name, names[way]) != 0)

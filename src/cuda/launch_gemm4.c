@@ -152,6 +152,9 @@ struct tensor {
 static bnb_status make_map(const struct bnb_cuda_call *c, struct bnb_cuda_map *map, const struct tensor *t)
 {
     const unsigned ones[3] = {1, 1, 1};
+    if (!c->card->cu->tensor_map)
+        return bnb_fail(BNB_ENOTSUP, "%s: the driver is older than CUDA 12 and has no cuTensorMapEncodeTiled",
+                        c->function);
     return bnb_cuda_check(c->card->cu,
                           c->card->cu->tensor_map(map, t->type, t->dimensions, (void *)(uintptr_t)t->data, t->sizes,
                                                   t->strides, t->box, ones, 0, t->swizzle, CU_MAP_PROMOTE_128, 0),

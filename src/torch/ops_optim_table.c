@@ -146,7 +146,7 @@ static bool finds_gradients(const struct table *t, const struct bnb_tensors *g)
     if (!t->params || !bnb_shim.gradient)
         return false;
     for (size_t i = 0; i < t->count; i++) {
-        const torch_tensor found = gradient_of(t->params[i]);
+        torch_tensor found = gradient_of(t->params[i]);
         if (!found || impl_of(found) != impl_of(g->items[i].handle))
             return false;
     }
@@ -339,7 +339,7 @@ static bool finds_current(struct table *t)
             prefetch_tensor(gradient_of(t->params[i + NEAR]));
             prefetch_storage(gradient_of(t->params[i + 1]));
         }
-        const torch_tensor gradient = gradient_of(t->params[i]);
+        torch_tensor gradient = gradient_of(t->params[i]);
         bool defined = false;
         if (!gradient || bnb_shim.is_defined(gradient, &defined) || !defined ||
             !enter_gradient(t, i, t->params[i], gradient))
