@@ -60,7 +60,7 @@ def config_of(arguments):
         vocab_size=32000,
         max_position_embeddings=4096,
         pad_token_id=0,
-        initializer_range=0.6 * hidden**-0.5,
+        initializer_range=0.45 * hidden**-0.5,
     )
 
 
