@@ -59,7 +59,7 @@ static bnb_status run_plain(const struct bnb_cuda_call *c, struct bnb_cuda_gemm8
           BNB_TILE8_SHARED(tokens, TILE8_STAGES_##tokens, TILE8_NARROW_CHUNKS))
 #define WIDE(tokens)                                               \
     TILES("gemm8_wide", "bnb_k_gemm8_wide" #tokens, TILE8_THREADS, \
-          BNB_TILE8_SHARED(tokens, TILE8_WIDE_STAGES, TILE8_WIDE_CHUNKS))
+          BNB_TILE8_SHARED(tokens, TILE8_WIDE_STAGES, TILE8_WIDE_CHUNKS) + TILE8_ROW_SCALES)
 
 static struct bnb_cuda_kernel *kernel_of(const struct bnb_gemm8_plan *plan)
 {

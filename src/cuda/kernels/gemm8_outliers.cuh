@@ -16,6 +16,17 @@
 #include "cuda/kernels/rows8.cuh"
 #include "cuda/kernels/tile8.h"
 
+/* This thread's number in its block, and in its warp, of which nothing is computed ahead: beside the sums there are no registers
+ * in which it could wait, and what waits in memory comes back late. */
+DEVICE int thread_here()
+{
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+DEVICE int lane_here() { return thread_here() % 32; }
+
 /* Are there any to look for? */
 DEVICE bool lists8(const struct bnb_cuda_product8 &p) { return p.g.columns || p.g.outlier; }
 
@@ -53,7 +64,7 @@ DEVICE unsigned flags32(const uint8_t *flags, int64_t k, int first)
 /* The next page. */
 DEVICE void turn_page8(const struct bnb_cuda_product8 &p, struct columns8 &c)
 {
-    const int lane = (int)threadIdx.x % 32;
+    const int lane = lane_here();
 #pragma unroll
     for (int i = 0; i < PAGE8 / 1024; i++)
         c.bits[i] = flags32(p.g.outlier, p.g.k, c.next + PAGE8 / 32 * lane + 32 * i);
@@ -63,7 +74,7 @@ DEVICE void turn_page8(const struct bnb_cuda_product8 &p, struct columns8 &c)
 /* By a warp: up to 16 columns, in ascending order; how many.  Fewer than 16: there are no more. */
 DEVICE int take8(const struct bnb_cuda_product8 &p, struct columns8 &c, int *taken)
 {
-    const int lane = (int)threadIdx.x % 32;
+    const int lane = lane_here();
     int count = 0;
     __syncwarp(); /* taken was read */
     if (p.g.columns) {
@@ -250,7 +261,7 @@ DEVICE void multiply16(float *f, const unsigned a[4], uint2 b, bool half)
  * is the same on both sides and otherwise free: t's are 4 t .. 4 t + 3. */
 template <int R> DEVICE void add_chunk8(float (&f)[R], const char *chunk, int tokens, int row, int token, bool half)
 {
-    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    const int lane = lane_here(), g = lane / 4, t = lane % 4;
     const unsigned upper = *(const unsigned *)(chunk + bnb_tile8_codes(tokens, row + g, t));
     const unsigned lower = *(const unsigned *)(chunk + bnb_tile8_codes(tokens, row + g + 8, t));
     const unsigned a[4] = {codes_pair8(upper, 0, half), codes_pair8(lower, 0, half), codes_pair8(upper, 2, half),

@@ -39,6 +39,7 @@ template <int TOKENS, int STAGES, int CHUNKS> struct ring8 {
     enum { STAGE = BNB_TILE8_STAGE(TOKENS), CHUNK = BNB_TILE8_CHUNK(TOKENS) };
     char *stages, *chunks, *turned;
     float *stats;
+    float4 *rows; /* scales and bias, where there is memory for them */
     int *taken, *list,
         *sums; /* columns that each gathering warp has taken; the first of all; how many, and parts of it */
     uint64_t *full, *empty, *ready, *used, *listed;
@@ -52,6 +53,7 @@ template <int TOKENS, int STAGES, int CHUNKS> struct ring8 {
         taken = (int *)(stats + 2 * TOKENS);
         list = taken + GATHERERS / 32 * TILE8_COLUMNS;
         sums = list + 64;
+        rows = (float4 *)(sums + 4);
         full = barriers, empty = full + STAGES, ready = empty + STAGES, used = ready + CHUNKS, listed = used + CHUNKS;
     }
 
@@ -117,7 +119,7 @@ DEVICE void list_bits8(int *list, int room, int at, int column, const unsigned (
 /* By all of them: the list, and how many columns there are. */
 template <class Ring> DEVICE int list_mask8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
 {
-    const int thread = (int)threadIdx.x - 32, lane = thread % 32;
+    const int thread = thread_here() - 32, lane = thread % 32;
     int total = 0;
     for (int64_t first = 0; first < p.g.k; first += GATHERERS * LISTED) {
         const int64_t column = first + thread * LISTED;
@@ -155,7 +157,7 @@ template <class Ring> DEVICE int list_mask8(const struct bnb_cuda_product8 &p, c
 
 template <class Ring> DEVICE int list8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
 {
-    const int thread = (int)threadIdx.x - 32;
+    const int thread = thread_here() - 32;
     int total = (int)p.g.outliers;
     if (p.mask)
         total = list_mask8(p, ring, room);
@@ -174,7 +176,7 @@ DEVICE void pick8(const char *stage, int column, char *to, int ranks)
 {
 #pragma unroll
     for (int i = 0; i < TILE8_ROWS / 32; i++) {
-        const int row = i * 32 + (int)threadIdx.x % 32;
+        const int row = i * 32 + lane_here();
         const char *from = stage + row * TILE8_DEPTH + (column / 16 ^ (row & 7)) * 16 + column % 16;
         const unsigned code = *(const unsigned char *)from;
         char *there = to + bnb_tile8_codes(0, row, 0);
@@ -207,7 +209,7 @@ DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ra
                   ring.chunks + (chunk.at + next / TILE8_COLUMNS) % CHUNKS * Ring::CHUNK + codes + next % TILE8_COLUMNS,
                   ranks);
         __syncwarp();
-        if (threadIdx.x % 32 == 0)
+        if (lane_here() == 0)
             barrier_arrive(ring.empty + stage.at);
         advance<STAGES>(stage);
     }
@@ -222,7 +224,7 @@ template <int TOKENS, int CHUNKS, class Ring>
 DEVICE void gather8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int total,
                     struct turn8 &turn)
 {
-    const int thread = (int)threadIdx.x - 32, pieces = pieces8(p), room = CHUNKS * TILE8_COLUMNS;
+    const int thread = thread_here() - 32, pieces = pieces8(p), room = CHUNKS * TILE8_COLUMNS;
     const int picked = picks8(p) ? min(total, room) : 0;
     int *taken = ring.taken + thread / 32 * TILE8_COLUMNS;
     struct columns8 columns = {};
@@ -249,7 +251,7 @@ DEVICE void gather8(const struct bnb_cuda_product8 &p, const Ring &ring, const s
 /* This warp has read a stage. */
 template <class Ring> DEVICE void release8(const Ring &ring, int stage, int share)
 {
-    const int lane = (int)threadIdx.x % 32;
+    const int lane = lane_here();
     if (share > 1 && lane < share)
         barrier_arrive_at(ring.empty + stage, (unsigned)lane);
     else if (lane == 0)
@@ -287,7 +289,7 @@ DEVICE void sum8(const Ring &ring, int group, int steps, int share, struct turn8
 /* Statistics of the tile's tokens, this warpgroup's copy; a barrier of it before and after. */
 template <int TOKENS> DEVICE void bring_stats8(const struct bnb_gemm8_block &g, float *stats, int64_t token)
 {
-    for (int i = (int)threadIdx.x % 128; i < TOKENS; i += 128)
+    for (int i = thread_here() % 128; i < TOKENS; i += 128)
         stats[i] = !g.sums && token + i < g.m ? g.row_stats[token + i] : 0.0f;
 }
 
@@ -304,7 +306,7 @@ template <class Ring> DEVICE int outliers8(const struct bnb_cuda_product8 &p, co
 template <int CHUNKS, class Ring> DEVICE void pass_chunk8(const Ring &ring, struct turn8 &turn)
 {
     __syncwarp();
-    if (threadIdx.x % 32 == 0)
+    if (lane_here() == 0)
         barrier_arrive(ring.used + turn.at);
     advance<CHUNKS>(turn);
 }
@@ -314,7 +316,7 @@ template <int CHUNKS, class Ring, int R>
 DEVICE void add_outliers8(const struct bnb_cuda_product8 &p, const Ring &ring, int total, struct turn8 &turn,
                           float (&f)[R])
 {
-    const int warp = (int)threadIdx.x / 32 - 4;
+    const int warp = thread_here() / 32 - 4;
     for (int i = (total + TILE8_COLUMNS - 1) / TILE8_COLUMNS * pieces8(p); i > 0; i--) {
         barrier_wait(ring.ready + turn.at, turn.parity);
         add_chunk8(f, ring.chunks + turn.at * Ring::CHUNK, R * 2, warp * 16, 0, p.dtype == BNB_CUDA_F16);
@@ -327,7 +329,7 @@ template <int CHUNKS, class Ring, int R>
 DEVICE void finish_tile8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at,
                          const float *stats, const struct lane8 &lane, struct turn8 &turn, const int (&d)[R])
 {
-    const int warp = (int)threadIdx.x / 32 - 4;
+    const int warp = thread_here() / 32 - 4;
     char *buffers = ring.turned + warp * 2 * TILE8_TURN;
     if (p.g.sums) {
         store_sums8(p, at, d);
@@ -338,10 +340,10 @@ DEVICE void finish_tile8(const struct bnb_cuda_product8 &p, const Ring &ring, co
         float f[R];
         begin8(d, f, stats);
         add_outliers8<CHUNKS>(p, ring, total, turn, f);
-        store8<R>(p, at, buffers, begun8<R>{f, under8(lane, 127.0f)});
+        store8<R>(p, at, buffers, begun8<R>{f, lane});
         return;
     }
-    store8<R>(p, at, buffers, plain8<R>{d, stats, under8(lane, 16129.0f)});
+    store8<R>(p, at, buffers, plain8<R>{d, own_stats8(stats), lane});
 }
 
 #endif

@@ -59,21 +59,45 @@ DEVICE void gather_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, in
     }
 }
 
+/* Scales and bias of this warpgroup's 64 rows from `row` on.  They wait in shared memory: the sums leave few registers. */
+DEVICE void bring_rows8(const struct bnb_gemm8_block &g, float4 *rows, int64_t row)
+{
+    const int i = thread_here() % 128;
+    if (i < 64)
+        rows[i] = row8_of(g, row + i);
+}
+
+/* A number of which nothing is known, so that what was made of it is not kept. */
+DEVICE int forgotten(int i)
+{
+    asm volatile("" : "+r"(i));
+    return i;
+}
+
+/* Those of this lane. */
+DEVICE struct lane8 brought8(const float4 *rows)
+{
+    const int thread = thread_here(), i = thread / 32 % 4 * 16 + thread % 32 / 4;
+    return pair8(rows[i], rows[i + 8]);
+}
+
 template <int TOKENS, class Ring>
 DEVICE void multiply_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, int rank)
 {
     struct turn8 stage = {0, 0}, chunk = {0, 0};
-    const int group = warpgroup8() - 1, first = ((int)threadIdx.x / 32 - 4) * 16;
+    const int group = warpgroup8() - 1;
     float *stats = ring.stats + group * TOKENS;
     int row, token;
     for (int next = first_tile8(p); tile_at8(p, next, TOKENS, rank, &row, &token); next += tiles_apart8(p)) {
         int d[TOKENS / 2] = {}; /* or the sums of the tile before would be kept */
         named_barrier(1 + group, 128); /* statistics were read for the tile before */
         bring_stats8<TOKENS>(p.g, stats, token);
-        const struct lane8 lane = lane8_of(p.g, row + first);
+        bring_rows8(p.g, ring.rows + group * 64, row + group * 64);
         sum8<STAGES>(ring, group, steps8(p), p.share, stage, d);
         named_barrier(1 + group, 128);
-        finish_tile8<CHUNKS>(p, ring, {row + first, token, 0, TOKENS}, stats, lane, chunk, d);
+        tile_at8(p, forgotten(next), TOKENS, rank, &row, &token);
+        finish_tile8<CHUNKS>(p, ring, {row + (thread_here() / 32 - 4) * 16, token, 0, TOKENS}, stats,
+                             brought8(ring.rows + group * 64), chunk, d);
     }
 }
 

@@ -36,6 +36,9 @@ BNB_EITHER_DEVICE int bnb_tile8_codes(int tokens, int row, int t) { return token
     ((stages) * BNB_TILE8_STAGE(tokens) + (chunks) * BNB_TILE8_CHUNK(tokens) + TILE8_WORKERS / 32 * 2 * TILE8_TURN + \
      2 * (tokens) * 4 + TILE8_NUMBERS + 1024)
 
+/* Beside it, where blocks stay: scales and bias of every row. */
+enum { TILE8_ROW_SCALES = TILE8_ROWS * 16 };
+
 /* Stages and chunks: of 128 and 256 tokens where blocks stay; of 8, 16, 32, 64 and 128 where they do not. */
 enum {
     TILE8_WIDE_STAGES = 4,
