@@ -62,19 +62,24 @@ template <int TOKENS, int STAGES, class Ring>
 DEVICE void gather_narrow8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct share8 &s)
 {
     struct turn8 stage = {0, 0}, chunk = {0, 0};
+    const struct place8 at = {s.row, s.token, s.first, s.end};
     const int total = lists8(p) ? list8(p, ring, CHUNKS * TILE8_COLUMNS) : 0;
+    const int picked = picks8(p) ? min(total, CHUNKS * TILE8_COLUMNS) : 0;
+    const bool picker = picks8(p) && thread_here() >= 32 + PICKER;
     if (p.split > 1)
         cluster_wait();
-    if (picks8(p) && threadIdx.x >= 32 + PICKER) {
-        pick_tile8<STAGES, CHUNKS>(ring, min(total, CHUNKS * TILE8_COLUMNS), s.step, s.steps,
-                                   p.split > 1 ? min(p.split, TOKENS / 8) : 0, stage, chunk);
-        if (p.split > 1)
-            stages_free8(p);
-    }
+    if (picker)
+        pick_tile8<STAGES, CHUNKS>(ring, picked, s.step, s.steps, p.split > 1 ? min(p.split, TOKENS / 8) : 0, stage,
+                                   chunk);
+    if (picker && p.split > 1)
+        stages_free8(p);
     if (p.split > 1)
         cluster_arrive();
-    if (s.first < s.end)
-        gather8<TOKENS, CHUNKS>(p, ring, {s.row, s.token, s.first, s.end}, total, chunk);
+    if (s.first >= s.end)
+        return;
+    if (!picker)
+        fill_picked8<2, CHUNKS>(p, ring, at, picked, chunk);
+    gather8<TOKENS, CHUNKS>(p, ring, at, total, picked, chunk);
 }
 
 /* This warpgroup's sums to where the others read them, in the stages: four of a thread side by side, block by block. */

@@ -145,45 +145,45 @@ enum { LOADED8 = 8 };
 
 DEVICE int column8(const int *taken, int count, int i) { return taken[i < count ? i : 0]; }
 
-/* Of one token. */
-DEVICE void activations8(const struct bnb_cuda_product8 &p, int64_t token, const int *taken, int count,
-                         float (&v)[LOADED8])
+/* Of one token: what is on its way. */
+struct coming8 {
+    unsigned bits[LOADED8];
+    float stat;
+};
+
+DEVICE void load_token8(const struct bnb_cuda_product8 &p, const int *taken, int count, int64_t token,
+                        struct coming8 &c)
 {
     const int64_t at = token * p.g.k;
-    unsigned bits[LOADED8];
+    if (count <= 0 || token >= p.g.m)
+        return;
+    c.stat = p.threshold > 0.0f ? __ldcg(p.g.row_stats + token) : 1.0f;
     if (p.dtype == BNB_CUDA_F32) {
 #pragma unroll
         for (int i = 0; i < LOADED8; i++)
-            bits[i] = __ldg((const unsigned *)p.g.x + at + column8(taken, count, i));
+            c.bits[i] = __ldcg((const unsigned *)p.g.x + at + column8(taken, count, i));
     } else {
 #pragma unroll
         for (int i = 0; i < LOADED8; i++)
-            bits[i] = __ldg((const unsigned short *)p.g.x + at + column8(taken, count, i));
-    }
-#pragma unroll
-    for (int i = 0; i < LOADED8; i++) {
-        v[i] = p.dtype == BNB_CUDA_F32   ? __uint_as_float(bits[i])
-               : p.dtype == BNB_CUDA_F16 ? f16_value(bits[i])
-                                         : __uint_as_float(bits[i] << 16);
-        v[i] = i < count ? v[i] : 0.0f;
+            c.bits[i] = __ldcg((const unsigned short *)p.g.x + at + column8(taken, count, i));
     }
 }
 
-/* Of one token: `count` of eight columns, zeros beyond. */
-DEVICE void fill_token8(const struct bnb_cuda_product8 &p, char *to, const int *taken, int count, int piece,
-                        int64_t token)
+/* It has come: `count` of eight columns, zeros beyond. */
+DEVICE void put_token8(const struct bnb_cuda_product8 &p, char *to, int count, int piece, int64_t token,
+                       const struct coming8 &c)
 {
-    const bool rest = p.threshold > 0.0f;
-    float v[LOADED8] = {};
+    const float r = 127.0f / c.stat;
+    const int there = token < p.g.m ? count : 0;
+    float v[LOADED8];
     unsigned w[LOADED8 / 2];
-    if (count > 0 && token < p.g.m) {
-        const float stat = rest ? __ldg(p.g.row_stats + token) : 1.0f;
-        activations8(p, token, taken, count, v);
-        const float r = 127.0f / stat;
 #pragma unroll
-        for (int i = 0; i < LOADED8; i++)
-            if (rest && i < count)
-                v[i] = rest8_of(v[i], stat, r, p.threshold);
+    for (int i = 0; i < LOADED8; i++) {
+        v[i] = p.dtype == BNB_CUDA_F32   ? __uint_as_float(c.bits[i])
+               : p.dtype == BNB_CUDA_F16 ? f16_value(c.bits[i])
+                                         : __uint_as_float(c.bits[i] << 16);
+        v[i] = p.threshold > 0.0f ? rest8_of(v[i], c.stat, r, p.threshold) : v[i];
+        v[i] = i < there ? v[i] : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < LOADED8 / 2; i++)
@@ -199,7 +199,7 @@ DEVICE void fill_row8(const struct bnb_cuda_product8 &p, char *to, const int *ta
     if (count > 0 && row < p.g.n) {
 #pragma unroll
         for (int i = 0; i < LOADED8; i++)
-            c[i] = (unsigned char)__ldg(from + column8(taken, count, i));
+            c[i] = (unsigned char)__ldcg(from + column8(taken, count, i));
 #pragma unroll
         for (int i = 0; i < LOADED8; i++)
             w[i / 4] |= i < count ? c[i] << 8 * (i % 4) : 0u;
@@ -216,7 +216,9 @@ DEVICE void fill_tokens8(const struct bnb_cuda_product8 &p, char *to, const int 
 #pragma unroll 1
     for (int i = thread; i < 2 * tokens; i += threads) {
         const int h = i < tokens ? 0 : LOADED8, token = at.first + (i < tokens ? i : i - tokens);
-        fill_token8(p, to + bnb_tile8_values(token, h / 4), taken + h, count - h, piece, at.token + token);
+        struct coming8 c = {};
+        load_token8(p, taken + h, count - h, at.token + token, c);
+        put_token8(p, to + bnb_tile8_values(token, h / 4), count - h, piece, at.token + token, c);
     }
 }
 

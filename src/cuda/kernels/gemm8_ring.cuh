@@ -187,6 +187,19 @@ DEVICE void pick8(const char *stage, int column, char *to, int ranks)
     }
 }
 
+/* The chunks of the first `picked` columns of a tile: until all of them may be written; this thread has written all. */
+template <int CHUNKS, class Ring> DEVICE void wait_used8(const Ring &ring, int picked, struct turn8 chunk)
+{
+    for (int i = 0; i < picked; i += TILE8_COLUMNS, advance<CHUNKS>(chunk))
+        barrier_wait(ring.used + chunk.at, chunk.parity ^ 1u);
+}
+
+template <int CHUNKS, class Ring> DEVICE void ready8(const Ring &ring, int picked, struct turn8 chunk)
+{
+    for (int i = 0; i < picked; i += TILE8_COLUMNS, advance<CHUNKS>(chunk))
+        barrier_arrive(ring.ready + chunk.at);
+}
+
 /* By the warp that picks: the first `picked` columns of a tile, from `steps` steps of its sum from `step` on.  The
  * others of the sum's columns are other blocks' work; they are all here when the cluster meets. */
 template <int STAGES, int CHUNKS, class Ring>
@@ -194,12 +207,8 @@ DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ra
                        struct turn8 chunk)
 {
     const int codes = Ring::CHUNK - TILE8_ROWS * TILE8_COLUMNS;
-    struct turn8 turn = chunk;
-    for (int i = 0; i < picked; i += TILE8_COLUMNS) {
-        barrier_wait(ring.used + turn.at, turn.parity ^ 1u);
-        advance<CHUNKS>(turn);
-    }
     int next = 0;
+    wait_used8<CHUNKS>(ring, picked, chunk);
     while (next < picked && ring.list[next] < step * TILE8_DEPTH)
         next++;
     for (int k = step; k < step + steps; k++) {
@@ -213,34 +222,58 @@ DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ra
             barrier_arrive(ring.empty + stage.at);
         advance<STAGES>(stage);
     }
-    for (int i = 0; i < picked; i += TILE8_COLUMNS) {
-        barrier_arrive(ring.ready + chunk.at);
-        advance<CHUNKS>(chunk);
-    }
+    ready8<CHUNKS>(ring, picked, chunk);
 }
 
-/* All chunks of one tile with `total` outlier columns, but what is picked. */
+/* The values of the first `picked` columns of a tile, by the threads that do not pick: each has eight columns of a token,
+ * AT_ONCE times, on its way at a time. */
+template <int AT_ONCE, int CHUNKS, class Ring>
+DEVICE void fill_picked8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int picked,
+                         struct turn8 chunk)
+{
+    const int tokens = at.end - at.first, items = (picked + TILE8_COLUMNS - 1) / TILE8_COLUMNS * 2 * tokens;
+    wait_used8<CHUNKS>(ring, picked, chunk);
+#pragma unroll 1
+    for (int first = thread_here() - 32; first < items; first += AT_ONCE * PICKER) {
+        struct coming8 c[AT_ONCE] = {};
+        int half[AT_ONCE], token[AT_ONCE];
+#pragma unroll
+        for (int e = 0; e < AT_ONCE; e++) {
+            const int i = min(first + e * PICKER, items - 1); /* or the last once more */
+            half[e] = i / tokens;
+            token[e] = at.first + i - half[e] * tokens;
+            load_token8(p, ring.list + half[e] * LOADED8, picked - half[e] * LOADED8, at.token + token[e], c[e]);
+        }
+#pragma unroll
+        for (int e = 0; e < AT_ONCE; e++)
+            put_token8(p,
+                       ring.chunks + (chunk.at + half[e] / 2) % CHUNKS * Ring::CHUNK +
+                           bnb_tile8_values(token[e], half[e] % 2 * 2),
+                       picked - half[e] * LOADED8, 0, at.token + token[e], c[e]);
+    }
+    ready8<CHUNKS>(ring, picked, chunk);
+}
+
+/* The columns of one tile beyond those that were picked, chunk by chunk. */
 template <int TOKENS, int CHUNKS, class Ring>
-DEVICE void gather8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int total,
+DEVICE void gather8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int total, int picked,
                     struct turn8 &turn)
 {
     const int thread = thread_here() - 32, pieces = pieces8(p), room = CHUNKS * TILE8_COLUMNS;
-    const int picked = picks8(p) ? min(total, room) : 0;
     int *taken = ring.taken + thread / 32 * TILE8_COLUMNS;
     struct columns8 columns = {};
     for (int i = 0; i < total; i += TILE8_COLUMNS) {
-        const int count = min(total - i, (int)TILE8_COLUMNS), threads = i < picked ? PICKER : GATHERERS;
+        const int count = min(total - i, (int)TILE8_COLUMNS);
         const int *numbers = total > room ? taken : ring.list + i;
         if (total > room)
             take8(p, columns, taken);
         for (int piece = 0; piece < pieces; piece++, advance<CHUNKS>(turn)) {
             char *chunk = ring.chunks + turn.at * Ring::CHUNK;
-            if (thread >= threads)
+            if (i < picked)
                 continue;
             barrier_wait(ring.used + turn.at, turn.parity ^ 1u);
-            fill_tokens8(p, chunk, numbers, count, piece, at, thread, threads);
-            if (i >= picked)
-                fill_rows8<TOKENS>(p, chunk, numbers, count, at, thread, threads);
+            fill_tokens8(p, chunk, numbers, count, piece, at, thread, GATHERERS);
+            fill_rows8<TOKENS>(p, chunk, numbers, count, at, thread, GATHERERS);
             barrier_arrive(ring.ready + turn.at);
         }
     }

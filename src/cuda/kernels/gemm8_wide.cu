@@ -50,12 +50,15 @@ DEVICE void gather_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, in
     int row, token;
     if (!lists8(p))
         return;
-    const bool picks = picks8(p) && threadIdx.x >= 32 + PICKER;
+    const bool picker = picks8(p) && thread_here() >= 32 + PICKER;
     const int total = list8(p, ring, CHUNKS * TILE8_COLUMNS);
+    const int picked = picks8(p) ? min(total, CHUNKS * TILE8_COLUMNS) : 0;
     for (int next = first_tile8(p); tile_at8(p, next, TOKENS, rank, &row, &token); next += tiles_apart8(p)) {
-        if (picks)
-            pick_tile8<STAGES, CHUNKS>(ring, min(total, CHUNKS * TILE8_COLUMNS), 0, steps8(p), 0, stage, chunk);
-        gather8<TOKENS, CHUNKS>(p, ring, {row, token, 0, TOKENS}, total, chunk);
+        if (picker)
+            pick_tile8<STAGES, CHUNKS>(ring, picked, 0, steps8(p), 0, stage, chunk);
+        else
+            fill_picked8<1, CHUNKS>(p, ring, {row, token, 0, TOKENS}, picked, chunk);
+        gather8<TOKENS, CHUNKS>(p, ring, {row, token, 0, TOKENS}, total, picked, chunk);
     }
 }
 

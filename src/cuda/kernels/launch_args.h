@@ -197,13 +197,12 @@ struct bnb_cuda_rows8 {
 };
 
 /* Rows that a block holds: as bnb_rows_args, but codes in outlier columns stay.  column_stats [cols] or NULL, zero before.
- * cluster 0: a.outlier, if there is one, is zero before; else all blocks are one cluster of so many, which writes all.
- * mask: the flags as bits too, or NULL; what holds for a.outlier holds for it. */
+ * a.outlier, if there is one, is zero before, and so is mask: the flags as bits too, or NULL. */
 struct bnb_cuda_held8 {
     struct bnb_rows_args a;
     float *column_stats;
     unsigned *mask;
-    int vector, cluster;
+    int vector;
 };
 
 struct bnb_cuda_derows8 {
