@@ -78,7 +78,7 @@ DEVICE void gather_narrow8(const struct bnb_cuda_product8 &p, const Ring &ring, 
     if (s.first >= s.end)
         return;
     if (!picker)
-        fill_picked8<2, CHUNKS>(p, ring, at, picked, chunk);
+        copy_picked8<CHUNKS>(p, ring, at, picked, chunk);
     gather8<TOKENS, CHUNKS>(p, ring, at, total, picked, chunk);
 }
 

@@ -7,9 +7,9 @@
  * chunk is `ready` when 96 threads have written it and `used` when eight warps have read it.  A barrier's phase has the
  * parity of how often the ring went round; one that was never waited for counts as empty.
  *
- * While tiles stream in, loads from memory wait long behind them.  So the three warps list the columns once, by one read of
- * their bits, and of the first columns, as many as the chunks have room for, one warp picks the weight's codes out of
- * the stages as they pass; the other two load the activations.  The columns beyond are loaded by all three, chunk by chunk.
+ * While tiles stream in, loads from memory wait long behind them.  So gemm8_list.cu has listed the columns; of the first, as
+ * many as the chunks have room for, one warp picks the weight's codes out of the stages as they pass, and another copies the
+ * activations' values, which lie side by side.  The columns beyond are loaded by all three, chunk by chunk.
  */
 #ifndef BNB_CUDA_GEMM8_RING_CUH
 #define BNB_CUDA_GEMM8_RING_CUH
@@ -19,8 +19,8 @@
 
 #if BNB_IS_HOPPER
 
-/* Threads that list and gather, from thread 32 of the block on; the first of them that picks; columns of a thread's bits. */
-enum { GATHERERS = 96, PICKER = 64, LISTED = 256 };
+/* Threads that gather, from thread 32 of the block on; the first of them that picks. */
+enum { GATHERERS = 96, PICKER = 64 };
 
 /* A place in a ring. */
 struct turn8 {
@@ -40,8 +40,7 @@ template <int TOKENS, int STAGES, int CHUNKS> struct ring8 {
     char *stages, *chunks, *turned;
     float *stats;
     float4 *rows; /* scales and bias, where there is memory for them */
-    int *taken, *list,
-        *sums; /* columns that each gathering warp has taken; the first of all; how many, and parts of it */
+    int *taken, *list, *total; /* columns that each gathering warp has taken; the first of all; how many */
     uint64_t *full, *empty, *ready, *used, *listed;
 
     __device__ __forceinline__ ring8(char *dynamic, uint64_t *barriers)
@@ -52,8 +51,8 @@ template <int TOKENS, int STAGES, int CHUNKS> struct ring8 {
         stats = (float *)(turned + TILE8_WORKERS / 32 * 2 * TILE8_TURN);
         taken = (int *)(stats + 2 * TOKENS);
         list = taken + GATHERERS / 32 * TILE8_COLUMNS;
-        sums = list + 64;
-        rows = (float4 *)(sums + 4);
+        total = list + TILE8_ROOM;
+        rows = (float4 *)(total + 4);
         full = barriers, empty = full + STAGES, ready = empty + STAGES, used = ready + CHUNKS, listed = used + CHUNKS;
     }
 
@@ -98,74 +97,23 @@ DEVICE void copy_tokens8(const struct bnb_cuda_product8 &p, const Ring &ring, in
         bulk_load_many(to, &p.tokens, step * TILE8_DEPTH, token + first, ring.full + stage, (1u << p.share) - 1);
 }
 
-/* ---------------------------------------------------------------- the warps that list and gather */
+/* ---------------------------------------------------------------- the warps that gather */
 
 /* Barriers of a ring. */
 #define BNB_RING8_BARRIERS(stages, chunks) (2 * (stages) + 2 * (chunks) + 1)
 
 /* Are codes picked?  Not where f32 activations make three chunks of the same columns, nor by a list from the caller, which
  * may have any order. */
-DEVICE bool picks8(const struct bnb_cuda_product8 &p) { return p.mask && p.dtype != BNB_CUDA_F32; }
+DEVICE bool picks8(const struct bnb_cuda_product8 &p) { return p.list && p.dtype != BNB_CUDA_F32; }
 
-/* The columns of this thread's bits, from number `at` of the list on. */
-DEVICE void list_bits8(int *list, int room, int at, int column, const unsigned (&bits)[LISTED / 32])
-{
-#pragma unroll
-    for (int i = 0; i < LISTED / 32; i++)
-        for (unsigned b = bits[i]; b && at < room; b &= b - 1)
-            list[at++] = column + 32 * i + __ffs((int)b) - 1;
-}
-
-/* By all of them: the list, and how many columns there are. */
-template <class Ring> DEVICE int list_mask8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
-{
-    const int thread = thread_here() - 32, lane = thread % 32;
-    int total = 0;
-    for (int64_t first = 0; first < p.g.k; first += GATHERERS * LISTED) {
-        const int64_t column = first + thread * LISTED;
-        unsigned bits[LISTED / 32] = {};
-        int count = 0;
-        if (column < p.g.k) {
-            const uint4 *from = (const uint4 *)(p.mask + column / 32);
-            const uint4 a = __ldcg(from), b = __ldcg(from + 1);
-            bits[0] = a.x, bits[1] = a.y, bits[2] = a.z, bits[3] = a.w;
-            bits[4] = b.x, bits[5] = b.y, bits[6] = b.z, bits[7] = b.w;
-        }
-#pragma unroll
-        for (int i = 0; i < LISTED / 32; i++)
-            count += __popc(bits[i]);
-        int end = count;
-#pragma unroll
-        for (int o = 1; o < 32; o *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, end, o);
-            end += lane >= o ? other : 0;
-        }
-        named_barrier(4, GATHERERS); /* sums were read for the columns before */
-        if (lane == 31)
-            ring.sums[thread / 32] = end;
-        named_barrier(4, GATHERERS);
-        int at = total + end - count;
-#pragma unroll
-        for (int w = 0; w < GATHERERS / 32; w++) {
-            at += w < thread / 32 ? ring.sums[w] : 0;
-            total += ring.sums[w];
-        }
-        list_bits8(ring.list, room, at, (int)column, bits);
-    }
-    return total;
-}
-
+/* By all of them: the list, as far as there is room, and how many columns there are. */
 template <class Ring> DEVICE int list8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
 {
-    const int thread = thread_here() - 32;
-    int total = (int)p.g.outliers;
-    if (p.mask)
-        total = list_mask8(p, ring, room);
-    else
-        for (int i = thread; i < room && i < total; i += GATHERERS)
-            ring.list[i] = (int)p.g.columns[i];
+    const int thread = thread_here() - 32, total = p.list ? __ldcg(p.list + TILE8_ROOM) : (int)p.g.outliers;
+    for (int i = thread; i < room; i += GATHERERS)
+        ring.list[i] = p.list ? __ldcg(p.list + i) : i < total ? (int)p.g.columns[i] : 0;
     if (thread == 0)
-        ring.sums[GATHERERS / 32] = total;
+        *ring.total = total;
     barrier_arrive(ring.listed);
     named_barrier(4, GATHERERS);
     return total;
@@ -225,33 +173,25 @@ DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ra
     ready8<CHUNKS>(ring, picked, chunk);
 }
 
-/* The values of the first `picked` columns of a tile, by the threads that do not pick: each has eight columns of a token,
- * AT_ONCE times, on its way at a time. */
-template <int AT_ONCE, int CHUNKS, class Ring>
-DEVICE void fill_picked8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int picked,
+/* The values of the first `picked` columns of a tile, by the threads that do not pick: one of them copies. */
+template <int CHUNKS, class Ring>
+DEVICE void copy_picked8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int picked,
                          struct turn8 chunk)
 {
-    const int tokens = at.end - at.first, items = (picked + TILE8_COLUMNS - 1) / TILE8_COLUMNS * 2 * tokens;
-    wait_used8<CHUNKS>(ring, picked, chunk);
-#pragma unroll 1
-    for (int first = thread_here() - 32; first < items; first += AT_ONCE * PICKER) {
-        struct coming8 c[AT_ONCE] = {};
-        int half[AT_ONCE], token[AT_ONCE];
-#pragma unroll
-        for (int e = 0; e < AT_ONCE; e++) {
-            const int i = min(first + e * PICKER, items - 1); /* or the last once more */
-            half[e] = i / tokens;
-            token[e] = at.first + i - half[e] * tokens;
-            load_token8(p, ring.list + half[e] * LOADED8, picked - half[e] * LOADED8, at.token + token[e], c[e]);
+    const int64_t token = at.token + at.first, left = p.g.m - token;
+    const int tokens = left < at.end - at.first ? (int)left : at.end - at.first;
+    const bool copies = thread_here() == 32 && tokens > 0;
+    for (int i = 0; i < picked; i += TILE8_COLUMNS, advance<CHUNKS>(chunk)) {
+        barrier_wait(ring.used + chunk.at, chunk.parity ^ 1u); /* nobody arrives for two phases at once */
+        if (!copies) {
+            barrier_arrive(ring.ready + chunk.at);
+            continue;
         }
-#pragma unroll
-        for (int e = 0; e < AT_ONCE; e++)
-            put_token8(p,
-                       ring.chunks + (chunk.at + half[e] / 2) % CHUNKS * Ring::CHUNK +
-                           bnb_tile8_values(token[e], half[e] % 2 * 2),
-                       picked - half[e] * LOADED8, 0, at.token + token[e], c[e]);
+        barrier_expect(ring.ready + chunk.at, BNB_TILE8_VALUES(tokens));
+        bulk_copy(ring.chunks + chunk.at * Ring::CHUNK + bnb_tile8_values(at.first, 0),
+                  (const char *)p.values + BNB_TILE8_VALUES(i / TILE8_COLUMNS * p.g.m + token),
+                  BNB_TILE8_VALUES(tokens), ring.ready + chunk.at);
     }
-    ready8<CHUNKS>(ring, picked, chunk);
 }
 
 /* The columns of one tile beyond those that were picked, chunk by chunk. */
@@ -332,7 +272,7 @@ template <class Ring> DEVICE int outliers8(const struct bnb_cuda_product8 &p, co
     if (!lists8(p))
         return 0;
     barrier_wait(ring.listed, 0);
-    return ring.sums[GATHERERS / 32];
+    return *ring.total;
 }
 
 /* This warp has read a chunk. */

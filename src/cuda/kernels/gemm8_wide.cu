@@ -57,7 +57,7 @@ DEVICE void gather_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, in
         if (picker)
             pick_tile8<STAGES, CHUNKS>(ring, picked, 0, steps8(p), 0, stage, chunk);
         else
-            fill_picked8<1, CHUNKS>(p, ring, {row, token, 0, TOKENS}, picked, chunk);
+            copy_picked8<CHUNKS>(p, ring, {row, token, 0, TOKENS}, picked, chunk);
         gather8<TOKENS, CHUNKS>(p, ring, {row, token, 0, TOKENS}, total, picked, chunk);
     }
 }

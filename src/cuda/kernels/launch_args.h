@@ -176,7 +176,9 @@ struct bnb_cuda_map { BNB_CUDA_ALIGN64 uint64_t word[16]; };
 /*
  * A product on matrix units.  dtype: of x and out; store: out can be written in accesses of 16 bytes; the maps are those of
  * b and a, for kernels that copy in bulk.  threshold 0: the codes in outlier columns are 0; else they stand as that of
- * the quantiser made them.  mask: bits of the outlier columns, for kernels that copy in bulk, where there are flags.
+ * the quantiser made them.  mask: bits of the outlier columns, for kernels that copy in bulk, where there are flags;
+ * list: the first 64 of them and how many there are; values: of 16-bit activations in these, beside their codes, by sixteen
+ * columns all tokens.
  * split: blocks of threads that share the sum of a tile; share: those, of neighbouring tiles, that load the same
  * activations once; group: rows of tiles of a band.
  */
@@ -184,6 +186,8 @@ struct bnb_cuda_product8 {
     struct bnb_cuda_map weight, tokens;
     struct bnb_gemm8_block g;
     const unsigned *mask;
+    int *list;
+    void *values;
     float threshold;
     int dtype, store, split, share, group;
 };
