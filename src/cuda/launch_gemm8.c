@@ -108,7 +108,9 @@ static bnb_status run_bulk(const struct bnb_cuda_call *c, struct bnb_cuda_produc
     const int64_t clusters = c->card->sms / plan->share, work = bnb_blocks(rows, plan->share) * columns;
     const int64_t blocks = plan->way == BNB_GEMM8_NARROW ? rows * columns * plan->split
                                                          : (work < clusters ? work : clusters) * plan->share;
-    const size_t bytes = q->mask ? LIST_BYTES + (size_t)q->g.m * BNB_TILE8_VALUES(TILE8_ROOM / TILE8_COLUMNS) : 0;
+    const bool lists =
+        q->mask && plan->way == BNB_GEMM8_WIDE; /* with few tokens, a launch takes longer than it saves */
+    const size_t bytes = lists ? LIST_BYTES + (size_t)q->g.m * BNB_TILE8_VALUES(TILE8_ROOM / TILE8_COLUMNS) : 0;
     void *memory = NULL;
     bnb_status status = map_of(c, q->g.b, 1, q->g.n, q->g.k, TILE8_ROWS, &q->weight);
     if (!status)

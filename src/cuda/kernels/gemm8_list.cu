@@ -9,64 +9,19 @@
 #include "cuda/kernels/early.cuh"
 #include "cuda/kernels/gemm8_outliers.cuh"
 
-/* Columns whose bits a thread looks at. */
-enum { THREADS = 256, LISTED = 256 };
+enum { THREADS = 256 };
 
-/* The columns of this thread's bits, from number `at` of the list on. */
-DEVICE void list_bits8(int *list, int at, int column, const unsigned (&bits)[LISTED / 32])
-{
-#pragma unroll
-    for (int i = 0; i < LISTED / 32; i++)
-        for (unsigned b = bits[i]; b && at < TILE8_ROOM; b &= b - 1)
-            list[at++] = column + 32 * i + __ffs((int)b) - 1;
-}
-
-/* By the block: the first columns, in ascending order; how many there are in all. */
-DEVICE int list8(const struct bnb_cuda_product8 &p, int *list, int *sums)
-{
-    const int thread = (int)threadIdx.x, lane = thread % 32;
-    int total = 0;
-    for (int64_t first = 0; first < p.g.k; first += THREADS * LISTED) {
-        const int64_t column = first + thread * LISTED;
-        unsigned bits[LISTED / 32] = {};
-        int count = 0;
-        if (column < p.g.k) {
-            const uint4 *from = (const uint4 *)(p.mask + column / 32);
-            const uint4 a = __ldcg(from), b = __ldcg(from + 1);
-            bits[0] = a.x, bits[1] = a.y, bits[2] = a.z, bits[3] = a.w;
-            bits[4] = b.x, bits[5] = b.y, bits[6] = b.z, bits[7] = b.w;
-        }
-#pragma unroll
-        for (int i = 0; i < LISTED / 32; i++)
-            count += __popc(bits[i]);
-        int end = count;
-#pragma unroll
-        for (int o = 1; o < 32; o *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, end, o);
-            end += lane >= o ? other : 0;
-        }
-        __syncthreads(); /* sums were read for the columns before */
-        if (lane == 31)
-            sums[thread / 32] = end;
-        __syncthreads();
-        int at = total + end - count;
-#pragma unroll
-        for (int w = 0; w < THREADS / 32; w++) {
-            at += w < thread / 32 ? sums[w] : 0;
-            total += sums[w];
-        }
-        list_bits8(list, at, (int)column, bits);
-    }
-    __syncthreads();
-    return total;
-}
+struct by_block8 {
+    static __device__ __forceinline__ void meet() { __syncthreads(); }
+};
 
 /* Eight columns of a token for each thread. */
 extern "C" __global__ void __launch_bounds__(256) bnb_k_gemm8_list(const __grid_constant__ struct bnb_cuda_product8 p)
 {
     __shared__ int list[TILE8_ROOM], sums[THREADS / 32];
     wait_for_launch_before();
-    const int total = list8(p, list, sums), picked = min(total, (int)TILE8_ROOM);
+    const int total = list_mask8<THREADS, by_block8>(p, list, sums, TILE8_ROOM, (int)threadIdx.x),
+              picked = min(total, (int)TILE8_ROOM);
     const int halves = p.dtype == BNB_CUDA_F32 ? 0 : (picked + TILE8_COLUMNS - 1) / TILE8_COLUMNS * 2;
     const int64_t work = p.g.m * halves;
     if (blockIdx.x == 0 && threadIdx.x < picked)

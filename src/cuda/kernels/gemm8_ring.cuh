@@ -7,9 +7,9 @@
  * chunk is `ready` when 96 threads have written it and `used` when eight warps have read it.  A barrier's phase has the
  * parity of how often the ring went round; one that was never waited for counts as empty.
  *
- * While tiles stream in, loads from memory wait long behind them.  So gemm8_list.cu has listed the columns; of the first, as
- * many as the chunks have room for, one warp picks the weight's codes out of the stages as they pass, and another copies the
- * activations' values, which lie side by side.  The columns beyond are loaded by all three, chunk by chunk.
+ * While tiles stream in, loads from memory wait long behind them.  So the columns are listed once, and of the first, as many
+ * as the chunks have room for, one warp picks the weight's codes out of the stages as they pass, while the other two see to
+ * the activations' values.  The columns beyond are loaded by all three, chunk by chunk.
  */
 #ifndef BNB_CUDA_GEMM8_RING_CUH
 #define BNB_CUDA_GEMM8_RING_CUH
@@ -40,7 +40,8 @@ template <int TOKENS, int STAGES, int CHUNKS> struct ring8 {
     char *stages, *chunks, *turned;
     float *stats;
     float4 *rows; /* scales and bias, where there is memory for them */
-    int *taken, *list, *total; /* columns that each gathering warp has taken; the first of all; how many */
+    int *taken, *list,
+        *total; /* columns that each gathering warp has taken; the first of all; how many, and three sums */
     uint64_t *full, *empty, *ready, *used, *listed;
 
     __device__ __forceinline__ ring8(char *dynamic, uint64_t *barriers)
@@ -104,18 +105,29 @@ DEVICE void copy_tokens8(const struct bnb_cuda_product8 &p, const Ring &ring, in
 
 /* Are codes picked?  Not where f32 activations make three chunks of the same columns, nor by a list from the caller, which
  * may have any order. */
-DEVICE bool picks8(const struct bnb_cuda_product8 &p) { return p.list && p.dtype != BNB_CUDA_F32; }
+DEVICE bool picks8(const struct bnb_cuda_product8 &p) { return p.mask && p.dtype != BNB_CUDA_F32; }
 
-/* By all of them: the list, as far as there is room, and how many columns there are. */
-template <class Ring> DEVICE int list8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
+/* They meet. */
+struct gatherers8 {
+    static __device__ __forceinline__ void meet() { named_barrier(4, GATHERERS); }
+};
+
+/* By all of them: the list, as far as there is room, and how many columns there are.  LISTED: of the mask, it has been made. */
+template <bool LISTED, class Ring> DEVICE int list8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
 {
-    const int thread = thread_here() - 32, total = p.list ? __ldcg(p.list + TILE8_ROOM) : (int)p.g.outliers;
-    for (int i = thread; i < room; i += GATHERERS)
-        ring.list[i] = p.list ? __ldcg(p.list + i) : i < total ? (int)p.g.columns[i] : 0;
+    const int thread = thread_here() - 32;
+    int total;
+    if (p.mask && !LISTED) {
+        total = list_mask8<GATHERERS, gatherers8>(p, ring.list, ring.total + 1, room, thread);
+    } else {
+        total = p.mask ? __ldcg(p.list + TILE8_ROOM) : (int)p.g.outliers;
+        for (int i = thread; i < room; i += GATHERERS)
+            ring.list[i] = p.mask ? __ldcg(p.list + i) : i < total ? (int)p.g.columns[i] : 0;
+    }
     if (thread == 0)
         *ring.total = total;
     barrier_arrive(ring.listed);
-    named_barrier(4, GATHERERS);
+    gatherers8::meet();
     return total;
 }
 
@@ -171,27 +183,6 @@ DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ra
         advance<STAGES>(stage);
     }
     ready8<CHUNKS>(ring, picked, chunk);
-}
-
-/* The values of the first `picked` columns of a tile, by the threads that do not pick: one of them copies. */
-template <int CHUNKS, class Ring>
-DEVICE void copy_picked8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int picked,
-                         struct turn8 chunk)
-{
-    const int64_t token = at.token + at.first, left = p.g.m - token;
-    const int tokens = left < at.end - at.first ? (int)left : at.end - at.first;
-    const bool copies = thread_here() == 32 && tokens > 0;
-    for (int i = 0; i < picked; i += TILE8_COLUMNS, advance<CHUNKS>(chunk)) {
-        barrier_wait(ring.used + chunk.at, chunk.parity ^ 1u); /* nobody arrives for two phases at once */
-        if (!copies) {
-            barrier_arrive(ring.ready + chunk.at);
-            continue;
-        }
-        barrier_expect(ring.ready + chunk.at, BNB_TILE8_VALUES(tokens));
-        bulk_copy(ring.chunks + chunk.at * Ring::CHUNK + bnb_tile8_values(at.first, 0),
-                  (const char *)p.values + BNB_TILE8_VALUES(i / TILE8_COLUMNS * p.g.m + token),
-                  BNB_TILE8_VALUES(tokens), ring.ready + chunk.at);
-    }
 }
 
 /* The columns of one tile beyond those that were picked, chunk by chunk. */

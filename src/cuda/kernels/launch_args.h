@@ -178,7 +178,7 @@ struct bnb_cuda_map { BNB_CUDA_ALIGN64 uint64_t word[16]; };
  * b and a, for kernels that copy in bulk.  threshold 0: the codes in outlier columns are 0; else they stand as that of
  * the quantiser made them.  mask: bits of the outlier columns, for kernels that copy in bulk, where there are flags;
  * list: the first 64 of them and how many there are; values: of 16-bit activations in these, beside their codes, by sixteen
- * columns all tokens.
+ * columns all tokens; both for blocks that stay.
  * split: blocks of threads that share the sum of a tile; share: those, of neighbouring tiles, that load the same
  * activations once; group: rows of tiles of a band.
  */
