@@ -229,17 +229,18 @@ DEVICE void load_token8(const struct bnb_cuda_product8 &p, const int *taken, int
 DEVICE void put_token8(const struct bnb_cuda_product8 &p, char *to, int count, int piece, int64_t token,
                        const struct coming8 &c)
 {
-    const float r = 127.0f / c.stat;
-    const int there = token < p.g.m ? count : 0;
-    float v[LOADED8];
+    float v[LOADED8] = {};
     unsigned w[LOADED8 / 2];
+    if (count > 0 && token < p.g.m) { /* two warps have all of a tile: what is not needed shows */
+        const float r = 127.0f / c.stat;
 #pragma unroll
-    for (int i = 0; i < LOADED8; i++) {
-        v[i] = p.dtype == BNB_CUDA_F32   ? __uint_as_float(c.bits[i])
-               : p.dtype == BNB_CUDA_F16 ? f16_value(c.bits[i])
-                                         : __uint_as_float(c.bits[i] << 16);
-        v[i] = p.threshold > 0.0f ? rest8_of(v[i], c.stat, r, p.threshold) : v[i];
-        v[i] = i < there ? v[i] : 0.0f;
+        for (int i = 0; i < LOADED8; i++) {
+            v[i] = p.dtype == BNB_CUDA_F32   ? __uint_as_float(c.bits[i])
+                   : p.dtype == BNB_CUDA_F16 ? f16_value(c.bits[i])
+                                             : __uint_as_float(c.bits[i] << 16);
+            v[i] = p.threshold > 0.0f ? rest8_of(v[i], c.stat, r, p.threshold) : v[i];
+            v[i] = i < count ? v[i] : 0.0f;
+        }
     }
 #pragma unroll
     for (int i = 0; i < LOADED8 / 2; i++)
