@@ -14,9 +14,6 @@
 
 enum { ROWS = 128, DEPTH = 128, FEW = 8, MAX_SPLIT = 8 };
 
-/* Narrow tiles have as few tokens as hold all, or 64; beyond so many in all, none were measured. */
-enum { NARROW_TOKENS = 64, NARROW_MOST = 512 };
-
 static int64_t ceil_of(int64_t n, int64_t part) { return n / part + (n % part != 0); }
 
 /* Can the way take the shape on this card? */
@@ -33,16 +30,22 @@ static bool can(enum bnb_gemm8_way way, const struct bnb_gemm8_shape *s, const s
 
 /* ---- what a plan takes */
 
-/* Of a kind of tile, in hundredths of a microsecond; group: rows of tiles of a band. */
+/* A kind of tile, for so many tokens at most in all.  What it takes, in hundredths of a microsecond; group: rows of tiles of a
+ * band. */
 struct kind {
     enum bnb_gemm8_way way;
-    int tokens, tile, step, group;
+    int tokens, most, tile, step, group;
 };
 
-static const struct kind kinds[] = {{BNB_GEMM8_NARROW, 8, 0, 20, 1},   {BNB_GEMM8_NARROW, 16, 0, 20, 1},
-                                    {BNB_GEMM8_NARROW, 32, 0, 23, 1},  {BNB_GEMM8_NARROW, 64, 160, 20, 1},
-                                    {BNB_GEMM8_NARROW, 128, 0, 44, 1}, {BNB_GEMM8_WIDE, 128, 40, 51, 12},
-                                    {BNB_GEMM8_WIDE, 256, 290, 71, 16}};
+static const struct kind kinds[] = {
+    {BNB_GEMM8_NARROW, 8, 8, 0, 20, 1},
+    {BNB_GEMM8_NARROW, 16, 16, 0, 20, 1},
+    {BNB_GEMM8_NARROW, 32, 32, 0, 23, 1},
+    {BNB_GEMM8_NARROW, 64, 128, 160, 20, 1},
+    {BNB_GEMM8_NARROW, 128, 512, 0, 44, 1},
+    {BNB_GEMM8_WIDE, 128, INT32_MAX, 40, 51, 12},
+    {BNB_GEMM8_WIDE, 256, INT32_MAX, 290, 71, 16},
+};
 enum { KINDS = sizeof kinds / sizeof kinds[0] };
 
 /* To add up the parts of a sum: each block, and for each token. */
@@ -60,13 +63,6 @@ static int64_t cost_of(const struct bnb_gemm8_shape *s, const struct bnb_gemm8_c
     return ceil_of(blocks, card->sms) * (kind->tile + steps * kind->step + split_cost(split, kind->tokens));
 }
 
-static bool suits(const struct kind *kind, const struct bnb_gemm8_shape *s)
-{
-    if (kind->way == BNB_GEMM8_WIDE)
-        return true;
-    return s->m <= NARROW_MOST && (kind->tokens >= s->m || kind->tokens >= NARROW_TOKENS);
-}
-
 static struct bnb_gemm8_plan best_of(const struct bnb_gemm8_shape *s, const struct bnb_gemm8_card *card)
 {
     struct bnb_gemm8_plan best = {BNB_GEMM8_PLAIN, 0, 1, 1, 1};
@@ -75,7 +71,7 @@ static struct bnb_gemm8_plan best_of(const struct bnb_gemm8_shape *s, const stru
         const int most = kinds[i].way == BNB_GEMM8_NARROW ? MAX_SPLIT : 1;
         for (int split = 1; split <= most && split <= ceil_of(s->k, DEPTH); split *= 2) {
             const int64_t cost = cost_of(s, card, &kinds[i], split);
-            if (!suits(&kinds[i], s) || cost >= least)
+            if (s->m > kinds[i].most || cost >= least)
                 continue;
             least = cost;
             best = (struct bnb_gemm8_plan){kinds[i].way, kinds[i].tokens, split, 1, kinds[i].group};

@@ -44,15 +44,13 @@ struct bnb_cuda_kernel {
 };
 
 /* The three variants of a kernel, by bnb_dtype: an initialiser of struct bnb_cuda_kernel [3]. */
-#define BNB_CUDA_VARIANTS(file, prefix, count) BNB_CUDA_VARIANTS_(file, prefix, count, false)
-#define BNB_CUDA_SPECIAL_VARIANTS(file, prefix, count) BNB_CUDA_VARIANTS_(file, prefix, count, true)
-#define BNB_CUDA_VARIANTS_(file, prefix, count, some)                                                    \
-    {                                                                                                    \
-        {.image = file, .name = prefix "_f32", .dtype = BNB_F32, .threads = count, .special = some},     \
-            {.image = file, .name = prefix "_f16", .dtype = BNB_F16, .threads = count, .special = some}, \
-        {                                                                                                \
-            .image = file, .name = prefix "_bf16", .dtype = BNB_BF16, .threads = count, .special = some  \
-        }                                                                                                \
+#define BNB_CUDA_VARIANTS(file, prefix, count)                                          \
+    {                                                                                   \
+        {.image = file, .name = prefix "_f32", .dtype = BNB_F32, .threads = count},     \
+            {.image = file, .name = prefix "_f16", .dtype = BNB_F16, .threads = count}, \
+        {                                                                               \
+            .image = file, .name = prefix "_bf16", .dtype = BNB_BF16, .threads = count  \
+        }                                                                               \
     }
 
 /* A call in progress. */

@@ -10,6 +10,9 @@
 /* Threads of a block; rows of the weight that one takes at a time; sides of a tile; rows of activations that are few. */
 enum { THREADS = 256, WARPS = 8, TILE = 64, FEW = 8 };
 
+/* Memory of the list of outlier columns, before their values. */
+enum { LIST_BYTES = 512 };
+
 static int64_t tiles_of(int64_t m, int64_t n) { return bnb_blocks(m, TILE) * bnb_blocks(n, TILE); }
 
 /* ---------------------------------------------------------------- any shape */
@@ -59,7 +62,7 @@ static bnb_status run_plain(const struct bnb_cuda_call *c, struct bnb_cuda_gemm8
           BNB_TILE8_SHARED(tokens, TILE8_STAGES_##tokens, TILE8_NARROW_CHUNKS))
 #define WIDE(tokens)                                               \
     TILES("gemm8_wide", "bnb_k_gemm8_wide" #tokens, TILE8_THREADS, \
-          BNB_TILE8_SHARED(tokens, TILE8_WIDE_STAGES, TILE8_WIDE_CHUNKS))
+          BNB_TILE8_SHARED(tokens, TILE8_WIDE_STAGES, TILE8_WIDE_CHUNKS) + TILE8_ROW_SCALES)
 
 static struct bnb_cuda_kernel *kernel_of(const struct bnb_gemm8_plan *plan)
 {
@@ -86,6 +89,43 @@ static bnb_status map_of(const struct bnb_cuda_call *c, const void *matrix, int 
                           c->function, "cuTensorMapEncodeTiled");
 }
 
+/* The list of the first columns of q->mask and their values, in memory that stays on the device. */
+static bnb_status list_columns(const struct bnb_cuda_call *c, struct bnb_cuda_product8 *q, void *memory, bool early)
+{
+    static struct bnb_cuda_kernel kernel = {
+        .image = "gemm8_list", .name = "bnb_k_gemm8_list", .dtype = -1, .threads = THREADS};
+    const int64_t work = bnb_blocks(q->g.m * TILE8_ROOM / 8, THREADS), most = 8 * (int64_t)c->card->sms;
+    q->list = memory;
+    q->values = (char *)memory + LIST_BYTES;
+    return bnb_cuda_launch_as(c, &kernel, work < most ? work : most, (struct bnb_cuda_manner){.early = early}, q);
+}
+
+/* With the tensor maps. */
+static bnb_status run_bulk(const struct bnb_cuda_call *c, struct bnb_cuda_product8 *q,
+                           const struct bnb_gemm8_plan *plan, bool early)
+{
+    const int64_t rows = bnb_blocks(q->g.n, TILE8_ROWS), columns = bnb_blocks(q->g.m, plan->tokens);
+    const int64_t clusters = c->card->sms / plan->share, work = bnb_blocks(rows, plan->share) * columns;
+    const int64_t blocks = plan->way == BNB_GEMM8_NARROW ? rows * columns * plan->split
+                                                         : (work < clusters ? work : clusters) * plan->share;
+    const bool lists =
+        q->mask && plan->way == BNB_GEMM8_WIDE; /* with few tokens, a launch takes longer than it saves */
+    const size_t bytes = lists ? LIST_BYTES + (size_t)q->g.m * BNB_TILE8_VALUES(TILE8_ROOM / TILE8_COLUMNS) : 0;
+    void *memory = NULL;
+    bnb_status status = map_of(c, q->g.b, 1, q->g.n, q->g.k, TILE8_ROWS, &q->weight);
+    if (!status)
+        status = map_of(c, q->g.a, 1, q->g.m, q->g.k, plan->tokens / plan->share, &q->tokens);
+    if (!status && bytes > 0)
+        status = bnb_cuda_alloc(c, bytes, &memory);
+    if (!status && memory)
+        status = list_columns(c, q, memory, early);
+    if (!status)
+        status = bnb_cuda_launch_as(c, kernel_of(plan), blocks,
+                                    (struct bnb_cuda_manner){.cluster = plan->split * plan->share, .early = early}, q);
+    bnb_cuda_free(c, memory, bytes);
+    return status;
+}
+
 static bnb_status run_tiles(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm8 *p, const unsigned *mask,
                             bnb_dtype dtype, const struct bnb_gemm8_plan *plan, bool early)
 {
@@ -97,22 +137,9 @@ static bnb_status run_tiles(const struct bnb_cuda_call *c, const struct bnb_cuda
                                   .split = plan->split,
                                   .share = plan->share,
                                   .group = plan->group};
-    struct bnb_cuda_kernel *kernel = kernel_of(plan);
     const int64_t tiles = bnb_blocks(p->g.n, TILE8_ROWS) * bnb_blocks(p->g.m, plan->tokens);
-    if (plan->way == BNB_GEMM8_MMA)
-        return bnb_cuda_launch_over(c, kernel, tiles, &q);
-    bnb_status status = map_of(c, p->g.b, 1, p->g.n, p->g.k, TILE8_ROWS, &q.weight);
-    if (!status)
-        status = map_of(c, p->g.a, 1, p->g.m, p->g.k, plan->tokens / plan->share, &q.tokens);
-    if (status)
-        return status;
-    if (plan->way == BNB_GEMM8_NARROW)
-        return bnb_cuda_launch_as(c, kernel, tiles * plan->split,
-                                  (struct bnb_cuda_manner){.cluster = plan->split, .early = early}, &q);
-    const int64_t clusters = c->card->sms / plan->share;
-    const int64_t work = bnb_blocks(bnb_blocks(p->g.n, TILE8_ROWS), plan->share) * bnb_blocks(p->g.m, plan->tokens);
-    return bnb_cuda_launch_as(c, kernel, (work < clusters ? work : clusters) * plan->share,
-                              (struct bnb_cuda_manner){.cluster = plan->share, .early = early}, &q);
+    return plan->way == BNB_GEMM8_MMA ? bnb_cuda_launch_over(c, kernel_of(plan), tiles, &q)
+                                      : run_bulk(c, &q, plan, early);
 }
 
 static struct bnb_gemm8_card card_of(const struct bnb_cuda_call *c)

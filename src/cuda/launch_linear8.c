@@ -1,13 +1,13 @@
 /*
- * launch_linear8.c - an int8 layer on CUDA: quantise and multiply, in two launches, or three for many rows with outliers
+ * launch_linear8.c - an int8 layer on CUDA: quantise and multiply, in two launches, or three where there may be outliers
  *
- * All of them may come to the card early: each waits, by itself, for the one before.
+ * All of them may come to the card early: each waits, by itself, for the one before.  Flags are cleared by a launch of their
+ * own: while the product's first tiles stream in, what the quantiser still writes takes long.
  */
 #include "cuda/cuda.h"
 
-/* Threads of a block; the longest row that a block holds without many registers; rows up to which one cluster sets the
- * flags, and its blocks. */
-enum { THREADS = 256, SHORT_ROW = 4096, FEW_ROWS = 16, CLUSTER = 8 };
+/* Threads of a block; the longest row that a block holds without many registers. */
+enum { THREADS = 256, SHORT_ROW = 4096 };
 
 static struct bnb_cuda_kernel *holder_of(int64_t cols, bnb_dtype dtype)
 {
@@ -47,27 +47,6 @@ static bnb_status hold_flagged(const struct bnb_cuda_call *c, const struct bnb_c
     return status ? status : hold_early(c, q, dtype);
 }
 
-static bnb_status quantise(const struct bnb_cuda_call *c, const struct bnb_rows_args *a, unsigned *mask,
-                           bnb_dtype dtype)
-{
-    static struct bnb_cuda_kernel few[] = BNB_CUDA_SPECIAL_VARIANTS("rows8_linear", "bnb_k_linear8_cluster", THREADS);
-    struct bnb_cuda_held8 q = {.a = *a, .mask = mask, .vector = bnb_cuda_rows_aligned(a)};
-    int built = 0;
-    if (!a->outlier)
-        return hold_early(c, &q, dtype);
-    if (c->card->capability >= 90 && c->card->cu->launch_as && a->rows <= FEW_ROWS) {
-        const bnb_status status = bnb_cuda_resident(c, &few[dtype], &built);
-        if (status)
-            return status;
-    }
-    if (built == 0)
-        return hold_flagged(c, &q, dtype);
-    for (q.cluster = 1; q.cluster < CLUSTER && q.cluster < a->rows;)
-        q.cluster *= 2;
-    return bnb_cuda_launch_as(c, &few[dtype], q.cluster, (struct bnb_cuda_manner){.cluster = q.cluster, .early = true},
-                              &q);
-}
-
 static bnb_status run(const struct bnb_cuda_call *c, const struct bnb_linear8_block *l, int8_t *codes, unsigned *bits,
                       float *stats, bnb_dtype dtype)
 {
@@ -92,7 +71,8 @@ static bnb_status run(const struct bnb_cuda_call *c, const struct bnb_linear8_bl
                                       .m = l->m,
                                       .n = l->n,
                                       .k = l->k};
-    const bnb_status status = quantise(c, &a, mask, dtype);
+    const struct bnb_cuda_held8 q = {.a = a, .mask = mask, .vector = bnb_cuda_rows_aligned(&a)};
+    const bnb_status status = mask ? hold_flagged(c, &q, dtype) : hold_early(c, &q, dtype);
     if (status || l->n == 0)
         return status;
     return bnb_cuda_product8(c, &g, mask, outlier ? l->threshold : 0.0f, dtype, true);

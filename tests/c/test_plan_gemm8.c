@@ -68,8 +68,9 @@ static void known_plans(void)
                  {32, 4096, 4096, BNB_GEMM8_NARROW, 32, 4},    {32, 14336, 4096, BNB_GEMM8_NARROW, 32, 1},
                  {128, 4096, 4096, BNB_GEMM8_NARROW, 64, 1},   {128, 4096, 14336, BNB_GEMM8_NARROW, 64, 2},
                  {128, 14336, 4096, BNB_GEMM8_NARROW, 128, 1}, {512, 4096, 4096, BNB_GEMM8_NARROW, 128, 1},
-                 {512, 14336, 4096, BNB_GEMM8_WIDE, 256, 1},   {512, 28672, 8192, BNB_GEMM8_WIDE, 256, 1},
-                 {2048, 4096, 14336, BNB_GEMM8_WIDE, 256, 1},  {8192, 28672, 8192, BNB_GEMM8_WIDE, 256, 1}};
+                 {512, 14336, 4096, BNB_GEMM8_WIDE, 256, 1},   {512, 4096, 14336, BNB_GEMM8_NARROW, 128, 1},
+                 {512, 28672, 8192, BNB_GEMM8_WIDE, 256, 1},   {2048, 4096, 14336, BNB_GEMM8_WIDE, 256, 1},
+                 {8192, 28672, 8192, BNB_GEMM8_WIDE, 256, 1}};
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
         const struct bnb_gemm8_shape s = {known[i].m, known[i].n, known[i].k, true};
         const struct bnb_gemm8_plan p = bnb_plan_gemm8(&s, &h100);

@@ -25,6 +25,13 @@
 #define DEVICE static __device__ __forceinline__
 #define FLOAT_MAX 0x1.fffffep+127f
 
+/* Before a kernel's argument that is read at places known at run time: it stays where the launch put it. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 700
+#define IN_PLACE
+#else
+#define IN_PLACE __grid_constant__
+#endif
+
 typedef bnb_f16 f16;
 typedef bnb_bf16 bf16;
 

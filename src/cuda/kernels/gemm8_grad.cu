@@ -230,7 +230,7 @@ template <typename T, int TOKENS> DEVICE void grad8_product(const struct bnb_cud
 #if BNB_HAS_DTYPE(BNB_CUDA_F16)
 
 extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
-    bnb_k_gemm8_grad128_f16(const __grid_constant__ struct bnb_cuda_product8 p)
+    bnb_k_gemm8_grad128_f16(const IN_PLACE struct bnb_cuda_product8 p)
 {
 #if BNB_IS_HOPPER
     grad8_product<f16, 128>(p);
@@ -238,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
 }
 
 extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
-    bnb_k_gemm8_grad256_f16(const __grid_constant__ struct bnb_cuda_product8 p)
+    bnb_k_gemm8_grad256_f16(const IN_PLACE struct bnb_cuda_product8 p)
 {
 #if BNB_IS_HOPPER
     grad8_product<f16, 256>(p);
@@ -249,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
 #if BNB_HAS_DTYPE(BNB_CUDA_BF16)
 
 extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
-    bnb_k_gemm8_grad128_bf16(const __grid_constant__ struct bnb_cuda_product8 p)
+    bnb_k_gemm8_grad128_bf16(const IN_PLACE struct bnb_cuda_product8 p)
 {
 #if BNB_IS_HOPPER
     grad8_product<bf16, 128>(p);
@@ -257,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
 }
 
 extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
-    bnb_k_gemm8_grad256_bf16(const __grid_constant__ struct bnb_cuda_product8 p)
+    bnb_k_gemm8_grad256_bf16(const IN_PLACE struct bnb_cuda_product8 p)
 {
 #if BNB_IS_HOPPER
     grad8_product<bf16, 256>(p);

@@ -134,13 +134,13 @@ DEVICE void finish_half(const struct bnb_cuda_product8 &p, char *memory, const s
     char *buffers = memory + BNB_TILE8_CHUNK(TILE8_SIDE) + warp * 2 * TILE8_TURN;
     stats += own.token - tile.token;
     if (count == 0) {
-        store8<32>(p, own, buffers, plain8<32>{d, stats, under8(lane, 16129.0f)});
+        store8<32>(p, own, buffers, plain8<32>{d, own_stats8(stats), lane});
         return;
     }
     float f[32];
     begin8(d, f, stats);
     add_outliers(p, memory, tile, own, numbers[warp], count, columns, f);
-    store8<32>(p, own, buffers, begun8<32>{f, under8(lane, 127.0f)});
+    store8<32>(p, own, buffers, begun8<32>{f, lane});
 }
 
 /* The second half of the sums waits in shared memory, for want of registers; outliers are gathered for each.  Memory of the
@@ -184,7 +184,7 @@ DEVICE void mma8(const struct bnb_cuda_product8 &p)
 
 #endif
 
-extern "C" __global__ void __launch_bounds__(256, 2) bnb_k_gemm8_mma(const __grid_constant__ struct bnb_cuda_product8 p)
+extern "C" __global__ void __launch_bounds__(256, 2) bnb_k_gemm8_mma(const IN_PLACE struct bnb_cuda_product8 p)
 {
 #if __CUDA_ARCH__ >= 800
     mma8(p);

@@ -56,25 +56,56 @@ DEVICE void stages_free8(const struct bnb_cuda_product8 &p)
     named_barrier(3, TILE8_WORKERS + (picks8(p) ? GATHERERS - PICKER : 0));
 }
 
+/* The values of the first `picked` columns of a tile, by the threads that do not pick: each has eight columns of a token,
+ * twice, on its way at a time. */
+template <class Ring>
+DEVICE void fill_picked8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int picked)
+{
+    enum { AT_ONCE = 2 };
+    const int tokens = at.end - at.first, items = (picked + TILE8_COLUMNS - 1) / TILE8_COLUMNS * 2 * tokens;
+#pragma unroll 1
+    for (int first = thread_here() - 32; first < items; first += AT_ONCE * PICKER) {
+        struct coming8 c[AT_ONCE] = {};
+        int half[AT_ONCE], token[AT_ONCE];
+#pragma unroll
+        for (int e = 0; e < AT_ONCE; e++) {
+            const int i = min(first + e * PICKER, items - 1); /* or the last once more */
+            half[e] = i / tokens;
+            token[e] = at.first + i - half[e] * tokens;
+            load_token8(p, ring.list + half[e] * LOADED8, picked - half[e] * LOADED8, at.token + token[e], c[e]);
+        }
+#pragma unroll
+        for (int e = 0; e < AT_ONCE; e++)
+            put_token8(p, ring.chunks + half[e] / 2 * Ring::CHUNK + bnb_tile8_values(token[e], half[e] % 2 * 2),
+                       picked - half[e] * LOADED8, 0, at.token + token[e], c[e]);
+    }
+    ready8<CHUNKS>(ring, picked, {0, 0});
+}
+
 /* Outlier columns.  The warp that picks has codes from this block's part of the sum alone, and gives them to all blocks that
  * finish tokens, when these are there; they have all of them when the cluster meets next. */
 template <int TOKENS, int STAGES, class Ring>
 DEVICE void gather_narrow8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct share8 &s)
 {
     struct turn8 stage = {0, 0}, chunk = {0, 0};
-    const int total = lists8(p) ? list8(p, ring, CHUNKS * TILE8_COLUMNS) : 0;
+    const struct place8 at = {s.row, s.token, s.first, s.end};
+    const int total = lists8(p) ? list8<false>(p, ring, CHUNKS * TILE8_COLUMNS) : 0;
+    const int picked = picks8(p) ? min(total, CHUNKS * TILE8_COLUMNS) : 0;
+    const bool picker = picks8(p) && thread_here() >= 32 + PICKER;
     if (p.split > 1)
         cluster_wait();
-    if (picks8(p) && threadIdx.x >= 32 + PICKER) {
-        pick_tile8<STAGES, CHUNKS>(ring, min(total, CHUNKS * TILE8_COLUMNS), s.step, s.steps,
-                                   p.split > 1 ? min(p.split, TOKENS / 8) : 0, stage, chunk);
-        if (p.split > 1)
-            stages_free8(p);
-    }
+    if (picker)
+        pick_tile8<STAGES, CHUNKS>(ring, picked, s.step, s.steps, p.split > 1 ? min(p.split, TOKENS / 8) : 0, stage,
+                                   chunk);
+    if (picker && p.split > 1)
+        stages_free8(p);
     if (p.split > 1)
         cluster_arrive();
-    if (s.first < s.end)
-        gather8<TOKENS, CHUNKS>(p, ring, {s.row, s.token, s.first, s.end}, total, chunk);
+    if (s.first >= s.end)
+        return;
+    if (!picker)
+        fill_picked8(p, ring, at, picked);
+    gather8<TOKENS, CHUNKS>(p, ring, at, total, picked, chunk);
 }
 
 /* This warpgroup's sums to where the others read them, in the stages: four of a thread side by side, block by block. */
@@ -177,7 +208,7 @@ template <int TOKENS, int STAGES> DEVICE void narrow8(const struct bnb_cuda_prod
 #endif
 
 extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 2)
-    bnb_k_gemm8_narrow8(const __grid_constant__ struct bnb_cuda_product8 p)
+    bnb_k_gemm8_narrow8(const IN_PLACE struct bnb_cuda_product8 p)
 {
 #if BNB_IS_HOPPER
     narrow8<8, TILE8_STAGES_8>(p);
@@ -185,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 2)
 }
 
 extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 2)
-    bnb_k_gemm8_narrow16(const __grid_constant__ struct bnb_cuda_product8 p)
+    bnb_k_gemm8_narrow16(const IN_PLACE struct bnb_cuda_product8 p)
 {
 #if BNB_IS_HOPPER
     narrow8<16, TILE8_STAGES_16>(p);
@@ -193,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 2)
 }
 
 extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 2)
-    bnb_k_gemm8_narrow32(const __grid_constant__ struct bnb_cuda_product8 p)
+    bnb_k_gemm8_narrow32(const IN_PLACE struct bnb_cuda_product8 p)
 {
 #if BNB_IS_HOPPER
     narrow8<32, TILE8_STAGES_32>(p);
@@ -201,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 2)
 }
 
 extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
-    bnb_k_gemm8_narrow64(const __grid_constant__ struct bnb_cuda_product8 p)
+    bnb_k_gemm8_narrow64(const IN_PLACE struct bnb_cuda_product8 p)
 {
 #if BNB_IS_HOPPER
     narrow8<64, TILE8_STAGES_64>(p);
@@ -209,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
 }
 
 extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
-    bnb_k_gemm8_narrow128(const __grid_constant__ struct bnb_cuda_product8 p)
+    bnb_k_gemm8_narrow128(const IN_PLACE struct bnb_cuda_product8 p)
 {
 #if BNB_IS_HOPPER
     narrow8<128, TILE8_STAGES_128>(p);

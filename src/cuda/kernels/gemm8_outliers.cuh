@@ -16,6 +16,17 @@
 #include "cuda/kernels/rows8.cuh"
 #include "cuda/kernels/tile8.h"
 
+/* This thread's number in its block, and in its warp, of which nothing is computed ahead: beside the sums there are no registers
+ * in which it could wait, and what waits in memory comes back late. */
+DEVICE int thread_here()
+{
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+DEVICE int lane_here() { return thread_here() % 32; }
+
 /* Are there any to look for? */
 DEVICE bool lists8(const struct bnb_cuda_product8 &p) { return p.g.columns || p.g.outlier; }
 
@@ -53,7 +64,7 @@ DEVICE unsigned flags32(const uint8_t *flags, int64_t k, int first)
 /* The next page. */
 DEVICE void turn_page8(const struct bnb_cuda_product8 &p, struct columns8 &c)
 {
-    const int lane = (int)threadIdx.x % 32;
+    const int lane = lane_here();
 #pragma unroll
     for (int i = 0; i < PAGE8 / 1024; i++)
         c.bits[i] = flags32(p.g.outlier, p.g.k, c.next + PAGE8 / 32 * lane + 32 * i);
@@ -63,7 +74,7 @@ DEVICE void turn_page8(const struct bnb_cuda_product8 &p, struct columns8 &c)
 /* By a warp: up to 16 columns, in ascending order; how many.  Fewer than 16: there are no more. */
 DEVICE int take8(const struct bnb_cuda_product8 &p, struct columns8 &c, int *taken)
 {
-    const int lane = (int)threadIdx.x % 32;
+    const int lane = lane_here();
     int count = 0;
     __syncwarp(); /* taken was read */
     if (p.g.columns) {
@@ -96,6 +107,62 @@ DEVICE int take8(const struct bnb_cuda_product8 &p, struct columns8 &c, int *tak
     }
     __syncwarp();
     return count;
+}
+
+/* ---------------------------------------------------------------- the first of them */
+
+/* Columns whose bits a thread looks at. */
+enum { LISTED8 = 256 };
+
+/* The columns of this thread's bits, from number `at` of the list on. */
+DEVICE void list_bits8(int *list, int room, int at, int column, const unsigned (&bits)[LISTED8 / 32])
+{
+#pragma unroll
+    for (int i = 0; i < LISTED8 / 32; i++)
+        for (unsigned b = bits[i]; b && at < room; b &= b - 1)
+            list[at++] = column + 32 * i + __ffs((int)b) - 1;
+}
+
+/* By so many threads, which Threads::meet() brings together: the first `room` columns of the mask, in ascending order; how
+ * many there are in all.  sums [COUNT / 32]. */
+template <int COUNT, class Threads>
+DEVICE int list_mask8(const struct bnb_cuda_product8 &p, int *list, int *sums, int room, int thread)
+{
+    const int lane = lane_here();
+    int total = 0;
+    for (int64_t first = 0; first < p.g.k; first += COUNT * LISTED8) {
+        const int64_t column = first + thread * LISTED8;
+        unsigned bits[LISTED8 / 32] = {};
+        int count = 0;
+        if (column < p.g.k) {
+            const uint4 *from = (const uint4 *)(p.mask + column / 32);
+            const uint4 a = __ldcg(from), b = __ldcg(from + 1);
+            bits[0] = a.x, bits[1] = a.y, bits[2] = a.z, bits[3] = a.w;
+            bits[4] = b.x, bits[5] = b.y, bits[6] = b.z, bits[7] = b.w;
+        }
+#pragma unroll
+        for (int i = 0; i < LISTED8 / 32; i++)
+            count += __popc(bits[i]);
+        int end = count;
+#pragma unroll
+        for (int o = 1; o < 32; o *= 2) {
+            const int other = __shfl_up_sync(0xffffffffu, end, o);
+            end += lane >= o ? other : 0;
+        }
+        Threads::meet(); /* sums were read for the columns before */
+        if (lane == 31)
+            sums[thread / 32] = end;
+        Threads::meet();
+        int at = total + end - count;
+#pragma unroll
+        for (int w = 0; w < COUNT / 32; w++) {
+            at += w < thread / 32 ? sums[w] : 0;
+            total += sums[w];
+        }
+        list_bits8(list, room, at, (int)column, bits);
+    }
+    Threads::meet();
+    return total;
 }
 
 /* ---------------------------------------------------------------- values */
@@ -134,45 +201,46 @@ enum { LOADED8 = 8 };
 
 DEVICE int column8(const int *taken, int count, int i) { return taken[i < count ? i : 0]; }
 
-/* Of one token. */
-DEVICE void activations8(const struct bnb_cuda_product8 &p, int64_t token, const int *taken, int count,
-                         float (&v)[LOADED8])
+/* Of one token: what is on its way. */
+struct coming8 {
+    unsigned bits[LOADED8];
+    float stat;
+};
+
+DEVICE void load_token8(const struct bnb_cuda_product8 &p, const int *taken, int count, int64_t token,
+                        struct coming8 &c)
 {
     const int64_t at = token * p.g.k;
-    unsigned bits[LOADED8];
+    if (count <= 0 || token >= p.g.m)
+        return;
+    c.stat = p.threshold > 0.0f ? __ldg(p.g.row_stats + token) : 1.0f;
     if (p.dtype == BNB_CUDA_F32) {
 #pragma unroll
         for (int i = 0; i < LOADED8; i++)
-            bits[i] = __ldg((const unsigned *)p.g.x + at + column8(taken, count, i));
+            c.bits[i] = __ldg((const unsigned *)p.g.x + at + column8(taken, count, i));
     } else {
 #pragma unroll
         for (int i = 0; i < LOADED8; i++)
-            bits[i] = __ldg((const unsigned short *)p.g.x + at + column8(taken, count, i));
-    }
-#pragma unroll
-    for (int i = 0; i < LOADED8; i++) {
-        v[i] = p.dtype == BNB_CUDA_F32   ? __uint_as_float(bits[i])
-               : p.dtype == BNB_CUDA_F16 ? f16_value(bits[i])
-                                         : __uint_as_float(bits[i] << 16);
-        v[i] = i < count ? v[i] : 0.0f;
+            c.bits[i] = __ldg((const unsigned short *)p.g.x + at + column8(taken, count, i));
     }
 }
 
-/* Of one token: `count` of eight columns, zeros beyond. */
-DEVICE void fill_token8(const struct bnb_cuda_product8 &p, char *to, const int *taken, int count, int piece,
-                        int64_t token)
+/* It has come: `count` of eight columns, zeros beyond. */
+DEVICE void put_token8(const struct bnb_cuda_product8 &p, char *to, int count, int piece, int64_t token,
+                       const struct coming8 &c)
 {
-    const bool rest = p.threshold > 0.0f;
     float v[LOADED8] = {};
     unsigned w[LOADED8 / 2];
-    if (count > 0 && token < p.g.m) {
-        const float stat = rest ? __ldg(p.g.row_stats + token) : 1.0f;
-        activations8(p, token, taken, count, v);
-        const float r = 127.0f / stat;
+    if (count > 0 && token < p.g.m) { /* two warps have all of a tile: what is not needed shows */
+        const float r = 127.0f / c.stat;
 #pragma unroll
-        for (int i = 0; i < LOADED8; i++)
-            if (rest && i < count)
-                v[i] = rest8_of(v[i], stat, r, p.threshold);
+        for (int i = 0; i < LOADED8; i++) {
+            v[i] = p.dtype == BNB_CUDA_F32   ? __uint_as_float(c.bits[i])
+                   : p.dtype == BNB_CUDA_F16 ? f16_value(c.bits[i])
+                                             : __uint_as_float(c.bits[i] << 16);
+            v[i] = p.threshold > 0.0f ? rest8_of(v[i], c.stat, r, p.threshold) : v[i];
+            v[i] = i < count ? v[i] : 0.0f;
+        }
     }
 #pragma unroll
     for (int i = 0; i < LOADED8 / 2; i++)
@@ -205,7 +273,9 @@ DEVICE void fill_tokens8(const struct bnb_cuda_product8 &p, char *to, const int 
 #pragma unroll 1
     for (int i = thread; i < 2 * tokens; i += threads) {
         const int h = i < tokens ? 0 : LOADED8, token = at.first + (i < tokens ? i : i - tokens);
-        fill_token8(p, to + bnb_tile8_values(token, h / 4), taken + h, count - h, piece, at.token + token);
+        struct coming8 c = {};
+        load_token8(p, taken + h, count - h, at.token + token, c);
+        put_token8(p, to + bnb_tile8_values(token, h / 4), count - h, piece, at.token + token, c);
     }
 }
 
@@ -250,7 +320,7 @@ DEVICE void multiply16(float *f, const unsigned a[4], uint2 b, bool half)
  * is the same on both sides and otherwise free: t's are 4 t .. 4 t + 3. */
 template <int R> DEVICE void add_chunk8(float (&f)[R], const char *chunk, int tokens, int row, int token, bool half)
 {
-    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    const int lane = lane_here(), g = lane / 4, t = lane % 4;
     const unsigned upper = *(const unsigned *)(chunk + bnb_tile8_codes(tokens, row + g, t));
     const unsigned lower = *(const unsigned *)(chunk + bnb_tile8_codes(tokens, row + g + 8, t));
     const unsigned a[4] = {codes_pair8(upper, 0, half), codes_pair8(lower, 0, half), codes_pair8(upper, 2, half),

@@ -7,9 +7,9 @@
  * chunk is `ready` when 96 threads have written it and `used` when eight warps have read it.  A barrier's phase has the
  * parity of how often the ring went round; one that was never waited for counts as empty.
  *
- * While tiles stream in, loads from memory wait long behind them.  So the three warps list the columns once, by one read of
- * their bits, and of the first columns, as many as the chunks have room for, one warp picks the weight's codes out of
- * the stages as they pass; the other two load the activations.  The columns beyond are loaded by all three, chunk by chunk.
+ * While tiles stream in, loads from memory wait long behind them.  So the columns are listed once, and of the first, as many
+ * as the chunks have room for, one warp picks the weight's codes out of the stages as they pass, while the other two see to
+ * the activations' values.  The columns beyond are loaded by all three, chunk by chunk.
  */
 #ifndef BNB_CUDA_GEMM8_RING_CUH
 #define BNB_CUDA_GEMM8_RING_CUH
@@ -19,8 +19,8 @@
 
 #if BNB_IS_HOPPER
 
-/* Threads that list and gather, from thread 32 of the block on; the first of them that picks; columns of a thread's bits. */
-enum { GATHERERS = 96, PICKER = 64, LISTED = 256 };
+/* Threads that gather, from thread 32 of the block on; the first of them that picks. */
+enum { GATHERERS = 96, PICKER = 64 };
 
 /* A place in a ring. */
 struct turn8 {
@@ -39,8 +39,9 @@ template <int TOKENS, int STAGES, int CHUNKS> struct ring8 {
     enum { STAGE = BNB_TILE8_STAGE(TOKENS), CHUNK = BNB_TILE8_CHUNK(TOKENS) };
     char *stages, *chunks, *turned;
     float *stats;
+    float4 *rows; /* scales and bias, where there is memory for them */
     int *taken, *list,
-        *sums; /* columns that each gathering warp has taken; the first of all; how many, and parts of it */
+        *total; /* columns that each gathering warp has taken; the first of all; how many, and three sums */
     uint64_t *full, *empty, *ready, *used, *listed;
 
     __device__ __forceinline__ ring8(char *dynamic, uint64_t *barriers)
@@ -51,7 +52,8 @@ template <int TOKENS, int STAGES, int CHUNKS> struct ring8 {
         stats = (float *)(turned + TILE8_WORKERS / 32 * 2 * TILE8_TURN);
         taken = (int *)(stats + 2 * TOKENS);
         list = taken + GATHERERS / 32 * TILE8_COLUMNS;
-        sums = list + 64;
+        total = list + TILE8_ROOM;
+        rows = (float4 *)(total + 4);
         full = barriers, empty = full + STAGES, ready = empty + STAGES, used = ready + CHUNKS, listed = used + CHUNKS;
     }
 
@@ -96,7 +98,7 @@ DEVICE void copy_tokens8(const struct bnb_cuda_product8 &p, const Ring &ring, in
         bulk_load_many(to, &p.tokens, step * TILE8_DEPTH, token + first, ring.full + stage, (1u << p.share) - 1);
 }
 
-/* ---------------------------------------------------------------- the warps that list and gather */
+/* ---------------------------------------------------------------- the warps that gather */
 
 /* Barriers of a ring. */
 #define BNB_RING8_BARRIERS(stages, chunks) (2 * (stages) + 2 * (chunks) + 1)
@@ -105,67 +107,27 @@ DEVICE void copy_tokens8(const struct bnb_cuda_product8 &p, const Ring &ring, in
  * may have any order. */
 DEVICE bool picks8(const struct bnb_cuda_product8 &p) { return p.mask && p.dtype != BNB_CUDA_F32; }
 
-/* The columns of this thread's bits, from number `at` of the list on. */
-DEVICE void list_bits8(int *list, int room, int at, int column, const unsigned (&bits)[LISTED / 32])
-{
-#pragma unroll
-    for (int i = 0; i < LISTED / 32; i++)
-        for (unsigned b = bits[i]; b && at < room; b &= b - 1)
-            list[at++] = column + 32 * i + __ffs((int)b) - 1;
-}
+/* They meet. */
+struct gatherers8 {
+    static __device__ __forceinline__ void meet() { named_barrier(4, GATHERERS); }
+};
 
-/* By all of them: the list, and how many columns there are. */
-template <class Ring> DEVICE int list_mask8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
+/* By all of them: the list, as far as there is room, and how many columns there are.  LISTED: of the mask, it has been made. */
+template <bool LISTED, class Ring> DEVICE int list8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
 {
-    const int thread = (int)threadIdx.x - 32, lane = thread % 32;
-    int total = 0;
-    for (int64_t first = 0; first < p.g.k; first += GATHERERS * LISTED) {
-        const int64_t column = first + thread * LISTED;
-        unsigned bits[LISTED / 32] = {};
-        int count = 0;
-        if (column < p.g.k) {
-            const uint4 *from = (const uint4 *)(p.mask + column / 32);
-            const uint4 a = __ldcg(from), b = __ldcg(from + 1);
-            bits[0] = a.x, bits[1] = a.y, bits[2] = a.z, bits[3] = a.w;
-            bits[4] = b.x, bits[5] = b.y, bits[6] = b.z, bits[7] = b.w;
-        }
-#pragma unroll
-        for (int i = 0; i < LISTED / 32; i++)
-            count += __popc(bits[i]);
-        int end = count;
-#pragma unroll
-        for (int o = 1; o < 32; o *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, end, o);
-            end += lane >= o ? other : 0;
-        }
-        named_barrier(4, GATHERERS); /* sums were read for the columns before */
-        if (lane == 31)
-            ring.sums[thread / 32] = end;
-        named_barrier(4, GATHERERS);
-        int at = total + end - count;
-#pragma unroll
-        for (int w = 0; w < GATHERERS / 32; w++) {
-            at += w < thread / 32 ? ring.sums[w] : 0;
-            total += ring.sums[w];
-        }
-        list_bits8(ring.list, room, at, (int)column, bits);
+    const int thread = thread_here() - 32;
+    int total;
+    if (p.mask && !LISTED) {
+        total = list_mask8<GATHERERS, gatherers8>(p, ring.list, ring.total + 1, room, thread);
+    } else {
+        total = p.mask ? __ldcg(p.list + TILE8_ROOM) : (int)p.g.outliers;
+        for (int i = thread; i < room; i += GATHERERS)
+            ring.list[i] = p.mask ? __ldcg(p.list + i) : i < total ? (int)p.g.columns[i] : 0;
     }
-    return total;
-}
-
-template <class Ring> DEVICE int list8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
-{
-    const int thread = (int)threadIdx.x - 32;
-    int total = (int)p.g.outliers;
-    if (p.mask)
-        total = list_mask8(p, ring, room);
-    else
-        for (int i = thread; i < room && i < total; i += GATHERERS)
-            ring.list[i] = (int)p.g.columns[i];
     if (thread == 0)
-        ring.sums[GATHERERS / 32] = total;
+        *ring.total = total;
     barrier_arrive(ring.listed);
-    named_barrier(4, GATHERERS);
+    gatherers8::meet();
     return total;
 }
 
@@ -174,7 +136,7 @@ DEVICE void pick8(const char *stage, int column, char *to, int ranks)
 {
 #pragma unroll
     for (int i = 0; i < TILE8_ROWS / 32; i++) {
-        const int row = i * 32 + (int)threadIdx.x % 32;
+        const int row = i * 32 + lane_here();
         const char *from = stage + row * TILE8_DEPTH + (column / 16 ^ (row & 7)) * 16 + column % 16;
         const unsigned code = *(const unsigned char *)from;
         char *there = to + bnb_tile8_codes(0, row, 0);
@@ -185,6 +147,19 @@ DEVICE void pick8(const char *stage, int column, char *to, int ranks)
     }
 }
 
+/* The chunks of the first `picked` columns of a tile: until all of them may be written; this thread has written all. */
+template <int CHUNKS, class Ring> DEVICE void wait_used8(const Ring &ring, int picked, struct turn8 chunk)
+{
+    for (int i = 0; i < picked; i += TILE8_COLUMNS, advance<CHUNKS>(chunk))
+        barrier_wait(ring.used + chunk.at, chunk.parity ^ 1u);
+}
+
+template <int CHUNKS, class Ring> DEVICE void ready8(const Ring &ring, int picked, struct turn8 chunk)
+{
+    for (int i = 0; i < picked; i += TILE8_COLUMNS, advance<CHUNKS>(chunk))
+        barrier_arrive(ring.ready + chunk.at);
+}
+
 /* By the warp that picks: the first `picked` columns of a tile, from `steps` steps of its sum from `step` on.  The
  * others of the sum's columns are other blocks' work; they are all here when the cluster meets. */
 template <int STAGES, int CHUNKS, class Ring>
@@ -192,12 +167,8 @@ DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ra
                        struct turn8 chunk)
 {
     const int codes = Ring::CHUNK - TILE8_ROWS * TILE8_COLUMNS;
-    struct turn8 turn = chunk;
-    for (int i = 0; i < picked; i += TILE8_COLUMNS) {
-        barrier_wait(ring.used + turn.at, turn.parity ^ 1u);
-        advance<CHUNKS>(turn);
-    }
     int next = 0;
+    wait_used8<CHUNKS>(ring, picked, chunk);
     while (next < picked && ring.list[next] < step * TILE8_DEPTH)
         next++;
     for (int k = step; k < step + steps; k++) {
@@ -207,38 +178,33 @@ DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ra
                   ring.chunks + (chunk.at + next / TILE8_COLUMNS) % CHUNKS * Ring::CHUNK + codes + next % TILE8_COLUMNS,
                   ranks);
         __syncwarp();
-        if (threadIdx.x % 32 == 0)
+        if (lane_here() == 0)
             barrier_arrive(ring.empty + stage.at);
         advance<STAGES>(stage);
     }
-    for (int i = 0; i < picked; i += TILE8_COLUMNS) {
-        barrier_arrive(ring.ready + chunk.at);
-        advance<CHUNKS>(chunk);
-    }
+    ready8<CHUNKS>(ring, picked, chunk);
 }
 
-/* All chunks of one tile with `total` outlier columns, but what is picked. */
+/* The columns of one tile beyond those that were picked, chunk by chunk. */
 template <int TOKENS, int CHUNKS, class Ring>
-DEVICE void gather8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int total,
+DEVICE void gather8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int total, int picked,
                     struct turn8 &turn)
 {
-    const int thread = (int)threadIdx.x - 32, pieces = pieces8(p), room = CHUNKS * TILE8_COLUMNS;
-    const int picked = picks8(p) ? min(total, room) : 0;
+    const int thread = thread_here() - 32, pieces = pieces8(p), room = CHUNKS * TILE8_COLUMNS;
     int *taken = ring.taken + thread / 32 * TILE8_COLUMNS;
     struct columns8 columns = {};
     for (int i = 0; i < total; i += TILE8_COLUMNS) {
-        const int count = min(total - i, (int)TILE8_COLUMNS), threads = i < picked ? PICKER : GATHERERS;
+        const int count = min(total - i, (int)TILE8_COLUMNS);
         const int *numbers = total > room ? taken : ring.list + i;
         if (total > room)
             take8(p, columns, taken);
         for (int piece = 0; piece < pieces; piece++, advance<CHUNKS>(turn)) {
             char *chunk = ring.chunks + turn.at * Ring::CHUNK;
-            if (thread >= threads)
+            if (i < picked)
                 continue;
             barrier_wait(ring.used + turn.at, turn.parity ^ 1u);
-            fill_tokens8(p, chunk, numbers, count, piece, at, thread, threads);
-            if (i >= picked)
-                fill_rows8<TOKENS>(p, chunk, numbers, count, at, thread, threads);
+            fill_tokens8(p, chunk, numbers, count, piece, at, thread, GATHERERS);
+            fill_rows8<TOKENS>(p, chunk, numbers, count, at, thread, GATHERERS);
             barrier_arrive(ring.ready + turn.at);
         }
     }
@@ -249,7 +215,7 @@ DEVICE void gather8(const struct bnb_cuda_product8 &p, const Ring &ring, const s
 /* This warp has read a stage. */
 template <class Ring> DEVICE void release8(const Ring &ring, int stage, int share)
 {
-    const int lane = (int)threadIdx.x % 32;
+    const int lane = lane_here();
     if (share > 1 && lane < share)
         barrier_arrive_at(ring.empty + stage, (unsigned)lane);
     else if (lane == 0)
@@ -287,7 +253,7 @@ DEVICE void sum8(const Ring &ring, int group, int steps, int share, struct turn8
 /* Statistics of the tile's tokens, this warpgroup's copy; a barrier of it before and after. */
 template <int TOKENS> DEVICE void bring_stats8(const struct bnb_gemm8_block &g, float *stats, int64_t token)
 {
-    for (int i = (int)threadIdx.x % 128; i < TOKENS; i += 128)
+    for (int i = thread_here() % 128; i < TOKENS; i += 128)
         stats[i] = !g.sums && token + i < g.m ? g.row_stats[token + i] : 0.0f;
 }
 
@@ -297,14 +263,14 @@ template <class Ring> DEVICE int outliers8(const struct bnb_cuda_product8 &p, co
     if (!lists8(p))
         return 0;
     barrier_wait(ring.listed, 0);
-    return ring.sums[GATHERERS / 32];
+    return *ring.total;
 }
 
 /* This warp has read a chunk. */
 template <int CHUNKS, class Ring> DEVICE void pass_chunk8(const Ring &ring, struct turn8 &turn)
 {
     __syncwarp();
-    if (threadIdx.x % 32 == 0)
+    if (lane_here() == 0)
         barrier_arrive(ring.used + turn.at);
     advance<CHUNKS>(turn);
 }
@@ -314,7 +280,7 @@ template <int CHUNKS, class Ring, int R>
 DEVICE void add_outliers8(const struct bnb_cuda_product8 &p, const Ring &ring, int total, struct turn8 &turn,
                           float (&f)[R])
 {
-    const int warp = (int)threadIdx.x / 32 - 4;
+    const int warp = thread_here() / 32 - 4;
     for (int i = (total + TILE8_COLUMNS - 1) / TILE8_COLUMNS * pieces8(p); i > 0; i--) {
         barrier_wait(ring.ready + turn.at, turn.parity);
         add_chunk8(f, ring.chunks + turn.at * Ring::CHUNK, R * 2, warp * 16, 0, p.dtype == BNB_CUDA_F16);
@@ -327,7 +293,7 @@ template <int CHUNKS, class Ring, int R>
 DEVICE void finish_tile8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at,
                          const float *stats, const struct lane8 &lane, struct turn8 &turn, const int (&d)[R])
 {
-    const int warp = (int)threadIdx.x / 32 - 4;
+    const int warp = thread_here() / 32 - 4;
     char *buffers = ring.turned + warp * 2 * TILE8_TURN;
     if (p.g.sums) {
         store_sums8(p, at, d);
@@ -338,10 +304,10 @@ DEVICE void finish_tile8(const struct bnb_cuda_product8 &p, const Ring &ring, co
         float f[R];
         begin8(d, f, stats);
         add_outliers8<CHUNKS>(p, ring, total, turn, f);
-        store8<R>(p, at, buffers, begun8<R>{f, under8(lane, 127.0f)});
+        store8<R>(p, at, buffers, begun8<R>{f, lane});
         return;
     }
-    store8<R>(p, at, buffers, plain8<R>{d, stats, under8(lane, 16129.0f)});
+    store8<R>(p, at, buffers, plain8<R>{d, own_stats8(stats), lane});
 }
 
 #endif

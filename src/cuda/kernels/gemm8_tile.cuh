@@ -11,8 +11,8 @@
 
 /* ---------------------------------------------------------------- scales and bias */
 
-/* Of this lane's two rows. */
-struct lane8 { float scale[2], bias[2]; };
+/* Of this lane's two rows: what a sum is multiplied by, and one with outliers; bias. */
+struct lane8 { float sum[2], begun[2], bias[2]; };
 
 DEVICE float bias8_at(const struct bnb_gemm8_block &g, int64_t j)
 {
@@ -21,39 +21,39 @@ DEVICE float bias8_at(const struct bnb_gemm8_block &g, int64_t j)
     return g.bias_dtype == BNB_CUDA_BF16 ? value_of((const bf16 *)g.bias + j) : value_of((const float *)g.bias + j);
 }
 
-DEVICE struct lane8 lane8_of(const struct bnb_gemm8_block &g, int64_t row)
+/* Of a row, where it is one.  Divided at once: later the sums leave no registers for it. */
+DEVICE float4 row8_of(const struct bnb_gemm8_block &g, int64_t n)
 {
-    struct lane8 l = {};
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int64_t n = row + (int)threadIdx.x % 32 / 4 + 8 * i;
-        if (n < g.n && !g.sums) {
-            l.scale[i] = g.col_stats[n];
-            l.bias[i] = g.bias ? bias8_at(g, n) : -0.0f; /* which changes nothing */
-        }
-    }
-    return l;
+    if (n >= g.n || g.sums)
+        return {};
+    const float scale = g.col_stats[n], bias = g.bias ? bias8_at(g, n) : -0.0f; /* which changes nothing */
+    return {scale / 16129.0f, scale / 127.0f, bias, 0.0f};
 }
 
-DEVICE struct lane8 under8(struct lane8 l, float divisor)
+DEVICE struct lane8 pair8(float4 upper, float4 lower)
 {
-    l.scale[0] /= divisor, l.scale[1] /= divisor;
-    return l;
+    return {{upper.x, lower.x}, {upper.y, lower.y}, {upper.z, lower.z}};
+}
+
+DEVICE struct lane8 lane8_of(const struct bnb_gemm8_block &g, int64_t row)
+{
+    const int64_t n = row + lane_here() / 4;
+    return pair8(row8_of(g, n), row8_of(g, n + 8));
 }
 
 /* Results of sums without outliers, block by block: statistics are read when they are wanted, for the sums leave few
  * registers. */
 template <int R> struct plain8 {
     const int (&d)[R];
-    const float *stats;
+    const float *own; /* the statistic of the first value */
     struct lane8 lane;
 
     __device__ __forceinline__ void block(int j, float v[4]) const
     {
-        const float2 row = *(const float2 *)(stats + 8 * j + (int)threadIdx.x % 4 * 2);
+        const float2 row = *(const float2 *)(own + 8 * j);
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            v[i] = __fadd_rn(__fmul_rn((float)d[4 * j + i], __fmul_rn(i % 2 ? row.y : row.x, lane.scale[i / 2])),
+            v[i] = __fadd_rn(__fmul_rn((float)d[4 * j + i], __fmul_rn(i % 2 ? row.y : row.x, lane.sum[i / 2])),
                              lane.bias[i / 2]);
     }
 };
@@ -67,18 +67,22 @@ template <int R> struct begun8 {
     {
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            v[i] = __fadd_rn(__fmul_rn(f[4 * j + i], lane.scale[i / 2]), lane.bias[i / 2]);
+            v[i] = __fadd_rn(__fmul_rn(f[4 * j + i], lane.begun[i / 2]), lane.bias[i / 2]);
     }
 };
+
+/* Where this lane's statistics begin. */
+DEVICE const float *own_stats8(const float *stats) { return stats + lane_here() % 4 * 2; }
 
 /* The sums under the scales of the tokens: products of outlier columns are added next. */
 template <int R> DEVICE void begin8(const int (&d)[R], float (&f)[R], const float *stats)
 {
+    const float *own = own_stats8(stats);
 #pragma unroll
     for (int j = 0; j < R / 4; j++) {
         if (j % 8 == 0) /* statistics are not read far ahead: the sums leave few registers */
             __threadfence_block();
-        const float2 row = *(const float2 *)(stats + 8 * j + (int)threadIdx.x % 4 * 2);
+        const float2 row = *(const float2 *)(own + 8 * j);
         const float x = __fmul_rn(row.x, 1.0f / 127.0f), y = __fmul_rn(row.y, 1.0f / 127.0f);
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -97,7 +101,7 @@ DEVICE bool is_placed8(const struct bnb_cuda_product8 &p, const struct place8 &a
 DEVICE void store32(const struct bnb_cuda_product8 &p, const struct place8 &at, unsigned *out, int j,
                     const unsigned v[4])
 {
-    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    const int lane = lane_here(), g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int token = 8 * j + 2 * t + i % 2;
@@ -118,15 +122,15 @@ template <int R> DEVICE void store_sums8(const struct bnb_cuda_product8 &p, cons
 }
 
 /* Four 8 x 8 matrices, each lane with two values of a row in each, to shared memory by columns. */
-DEVICE void store_turned(char *to, const unsigned w[4])
+DEVICE void store_turned(char *to, int lane, const unsigned w[4])
 {
 #if __CUDA_ARCH__ >= 900
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     (unsigned)__cvta_generic_to_shared(to + bnb_tile8_written((int)threadIdx.x % 32))),
+                     (unsigned)__cvta_generic_to_shared(to + bnb_tile8_written(lane))),
                  "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
                  : "memory");
 #elif __CUDA_ARCH__ >= 750
-    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
+    const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         unsigned turned;
@@ -152,7 +156,7 @@ DEVICE void store_some(unsigned short *to, int64_t count, uint4 v)
 template <bool HALF, int R, class Results>
 DEVICE void store16(const struct bnb_cuda_product8 &p, const struct place8 &at, char *buffers, const Results &results)
 {
-    const int lane = (int)threadIdx.x % 32, own = lane / 2;
+    const int lane = lane_here(), own = lane / 2;
     const int64_t n = at.row + lane % 2 * 8, rows = p.g.n - n, left = p.g.m - at.token;
     const int end = rows <= 0 ? 0 : left < at.end ? (int)left : at.end;
     unsigned short *to = (unsigned short *)p.g.out + (at.token + own) * p.g.n + n;
@@ -169,7 +173,7 @@ DEVICE void store16(const struct bnb_cuda_product8 &p, const struct place8 &at, 
                 w[j % 2 * 2 + i] = HALF ? quick_pair((const f16 *)nullptr, v[2 * i], v[2 * i + 1])
                                         : quick_pair((const bf16 *)nullptr, v[2 * i], v[2 * i + 1]);
         }
-        store_turned(buffer, w);
+        store_turned(buffer, lane, w);
         __syncwarp();
         const uint4 v = *(const uint4 *)(buffer + bnb_tile8_read(lane));
         if (16 * q + own < at.first || 16 * q + own >= end)

@@ -43,6 +43,27 @@ template <int TOKENS, class Ring> DEVICE void copy_wide8(const struct bnb_cuda_p
         }
 }
 
+/* The values of the first `picked` columns of a tile, by the threads that do not pick: one of them copies. */
+template <class Ring>
+DEVICE void copy_picked8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int picked,
+                         struct turn8 chunk)
+{
+    const int64_t token = at.token + at.first, left = p.g.m - token;
+    const int tokens = left < at.end - at.first ? (int)left : at.end - at.first;
+    const bool copies = thread_here() == 32 && tokens > 0;
+    for (int i = 0; i < picked; i += TILE8_COLUMNS, advance<CHUNKS>(chunk)) {
+        barrier_wait(ring.used + chunk.at, chunk.parity ^ 1u); /* nobody arrives for two phases at once */
+        if (!copies) {
+            barrier_arrive(ring.ready + chunk.at);
+            continue;
+        }
+        barrier_expect(ring.ready + chunk.at, BNB_TILE8_VALUES(tokens));
+        bulk_copy(ring.chunks + chunk.at * Ring::CHUNK + bnb_tile8_values(at.first, 0),
+                  (const char *)p.values + BNB_TILE8_VALUES(i / TILE8_COLUMNS * p.g.m + token),
+                  BNB_TILE8_VALUES(tokens), ring.ready + chunk.at);
+    }
+}
+
 template <int TOKENS, class Ring>
 DEVICE void gather_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, int rank)
 {
@@ -50,30 +71,57 @@ DEVICE void gather_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, in
     int row, token;
     if (!lists8(p))
         return;
-    const bool picks = picks8(p) && threadIdx.x >= 32 + PICKER;
-    const int total = list8(p, ring, CHUNKS * TILE8_COLUMNS);
+    const bool picker = picks8(p) && thread_here() >= 32 + PICKER;
+    const int total = list8<true>(p, ring, CHUNKS * TILE8_COLUMNS);
+    const int picked = picks8(p) ? min(total, CHUNKS * TILE8_COLUMNS) : 0;
     for (int next = first_tile8(p); tile_at8(p, next, TOKENS, rank, &row, &token); next += tiles_apart8(p)) {
-        if (picks)
-            pick_tile8<STAGES, CHUNKS>(ring, min(total, CHUNKS * TILE8_COLUMNS), 0, steps8(p), 0, stage, chunk);
-        gather8<TOKENS, CHUNKS>(p, ring, {row, token, 0, TOKENS}, total, chunk);
+        if (picker)
+            pick_tile8<STAGES, CHUNKS>(ring, picked, 0, steps8(p), 0, stage, chunk);
+        else
+            copy_picked8(p, ring, {row, token, 0, TOKENS}, picked, chunk);
+        gather8<TOKENS, CHUNKS>(p, ring, {row, token, 0, TOKENS}, total, picked, chunk);
     }
+}
+
+/* Scales and bias of this warpgroup's 64 rows from `row` on.  They wait in shared memory: the sums leave few registers. */
+DEVICE void bring_rows8(const struct bnb_gemm8_block &g, float4 *rows, int64_t row)
+{
+    const int i = thread_here() % 128;
+    if (i < 64)
+        rows[i] = row8_of(g, row + i);
+}
+
+/* A number of which nothing is known, so that what was made of it is not kept. */
+DEVICE int forgotten(int i)
+{
+    asm volatile("" : "+r"(i));
+    return i;
+}
+
+/* Those of this lane. */
+DEVICE struct lane8 brought8(const float4 *rows)
+{
+    const int thread = thread_here(), i = thread / 32 % 4 * 16 + thread % 32 / 4;
+    return pair8(rows[i], rows[i + 8]);
 }
 
 template <int TOKENS, class Ring>
 DEVICE void multiply_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, int rank)
 {
     struct turn8 stage = {0, 0}, chunk = {0, 0};
-    const int group = warpgroup8() - 1, first = ((int)threadIdx.x / 32 - 4) * 16;
+    const int group = warpgroup8() - 1;
     float *stats = ring.stats + group * TOKENS;
     int row, token;
     for (int next = first_tile8(p); tile_at8(p, next, TOKENS, rank, &row, &token); next += tiles_apart8(p)) {
         int d[TOKENS / 2] = {}; /* or the sums of the tile before would be kept */
         named_barrier(1 + group, 128); /* statistics were read for the tile before */
         bring_stats8<TOKENS>(p.g, stats, token);
-        const struct lane8 lane = lane8_of(p.g, row + first);
+        bring_rows8(p.g, ring.rows + group * 64, row + group * 64);
         sum8<STAGES>(ring, group, steps8(p), p.share, stage, d);
         named_barrier(1 + group, 128);
-        finish_tile8<CHUNKS>(p, ring, {row + first, token, 0, TOKENS}, stats, lane, chunk, d);
+        tile_at8(p, forgotten(next), TOKENS, rank, &row, &token);
+        finish_tile8<CHUNKS>(p, ring, {row + (thread_here() / 32 - 4) * 16, token, 0, TOKENS}, stats,
+                             brought8(ring.rows + group * 64), chunk, d);
     }
 }
 
@@ -114,7 +162,7 @@ template <int TOKENS> DEVICE void wide8(const struct bnb_cuda_product8 &p)
 #endif
 
 extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
-    bnb_k_gemm8_wide128(const __grid_constant__ struct bnb_cuda_product8 p)
+    bnb_k_gemm8_wide128(const IN_PLACE struct bnb_cuda_product8 p)
 {
 #if BNB_IS_HOPPER
     wide8<128>(p);
@@ -122,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
 }
 
 extern "C" __global__ void __launch_bounds__(TILE8_THREADS, 1)
-    bnb_k_gemm8_wide256(const __grid_constant__ struct bnb_cuda_product8 p)
+    bnb_k_gemm8_wide256(const IN_PLACE struct bnb_cuda_product8 p)
 {
 #if BNB_IS_HOPPER
     wide8<256>(p);

@@ -11,13 +11,6 @@
 /* The dynamic shared memory of a block. */
 #define SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
 
-/* Before a kernel's argument that is read at places known at run time: it stays where the launch put it. */
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 700
-#define IN_PLACE
-#else
-#define IN_PLACE __grid_constant__
-#endif
-
 DEVICE unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
 
 DEVICE void f16_pair_values(unsigned pair, float *low, float *high)

@@ -81,6 +81,15 @@ DEVICE void bulk_load(void *to, const struct bnb_cuda_map *map, int x, int y, ui
                  : "memory");
 }
 
+/* So many bytes of memory, a multiple of 16 as both places are. */
+DEVICE void bulk_copy(void *to, const void *from, unsigned bytes, uint64_t *barrier)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"((uint64_t)from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
 /* The same into every block of the cluster whose bit is set, at the same place, at its own barrier. */
 DEVICE void bulk_load_many(void *to, const struct bnb_cuda_map *map, int x, int y, uint64_t *barrier, unsigned blocks)
 {

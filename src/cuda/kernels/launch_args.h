@@ -210,7 +210,9 @@ struct bnb_cuda_gemm8 {
 /*
  * A product on matrix units.  dtype: of x and out; store: out can be written in accesses of 16 bytes; the maps are those of
  * b and a, for kernels that copy in bulk.  threshold 0: the codes in outlier columns are 0; else they stand as that of
- * the quantiser made them.  mask: bits of the outlier columns, for kernels that copy in bulk, where there are flags.
+ * the quantiser made them.  mask: bits of the outlier columns, for kernels that copy in bulk, where there are flags;
+ * list: the first 64 of them and how many there are; values: of 16-bit activations in these, beside their codes, by sixteen
+ * columns all tokens; both for blocks that stay.
  * split: blocks of threads that share the sum of a tile; share: those, of neighbouring tiles, that load the same
  * activations once; group: rows of tiles of a band.
  */
@@ -218,6 +220,8 @@ struct bnb_cuda_product8 {
     struct bnb_cuda_map weight, tokens;
     struct bnb_gemm8_block g;
     const unsigned *mask;
+    int *list;
+    void *values;
     float threshold;
     int dtype, store, split, share, group;
 };
@@ -231,13 +235,12 @@ struct bnb_cuda_rows8 {
 };
 
 /* Rows that a block holds: as bnb_rows_args, but codes in outlier columns stay.  column_stats [cols] or NULL, zero before.
- * cluster 0: a.outlier, if there is one, is zero before; else all blocks are one cluster of so many, which writes all.
- * mask: the flags as bits too, or NULL; what holds for a.outlier holds for it. */
+ * a.outlier, if there is one, is zero before, and so is mask: the flags as bits too, or NULL. */
 struct bnb_cuda_held8 {
     struct bnb_rows_args a;
     float *column_stats;
     unsigned *mask;
-    int vector, cluster;
+    int vector;
 };
 
 struct bnb_cuda_derows8 {

@@ -3,8 +3,8 @@
  * by one read.  NUMERICS rule 33
  *
  * A row belongs to a block, which holds it in registers between its statistic and its codes.  Codes in outlier columns stay
- * as they are: the product knows what to do.  Blocks collect the columns as bits in shared memory.  Few rows: the blocks
- * are one cluster, which writes all flags and all bits.  Many rows: they are set in memory that was cleared before.
+ * as they are: the product knows what to do.  Blocks collect the columns as bits in shared memory, then set them in
+ * memory that was cleared before.
  */
 #include "cuda/kernels/early.cuh"
 #include "cuda/kernels/rows8.cuh"
@@ -90,65 +90,9 @@ DEVICE unsigned look8(const float v[8], int64_t at, const struct marks8 &m, bool
     return largest;
 }
 
-/* ---------------------------------------------------------------- the cluster of few rows */
+/* ---------------------------------------------------------------- the columns of all rows */
 
-#if __CUDA_ARCH__ >= 900
-
-DEVICE void cluster_meet(int size)
-{
-    __syncwarp(); /* by whole warps */
-    if (size > 1)
-        asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    else
-        __syncthreads();
-}
-
-DEVICE unsigned cluster_word(const unsigned *p, int rank)
-{
-    unsigned v;
-    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.u32 %0, [there]; }"
-                 : "=r"(v)
-                 : "r"((unsigned)__cvta_generic_to_shared(p)), "r"(rank)
-                 : "memory");
-    return v;
-}
-
-/* Four bits as flags. */
-DEVICE unsigned bytes4(unsigned bits) { return (bits & 15u) * 0x00204081u & 0x01010101u; }
-
-DEVICE uint4 bytes16(unsigned bits)
-{
-    return make_uint4(bytes4(bits), bytes4(bits >> 4), bytes4(bits >> 8), bytes4(bits >> 12));
-}
-
-/* Each block has marked the columns of its rows: the flags of all of them together, by the blocks in turn. */
-DEVICE void join8(const struct bnb_cuda_held8 &q, const unsigned *own)
-{
-    const int words = (int)BNB_CUDA_MASK_WORDS(q.a.cols), size = q.cluster;
-    const bool vector = ((uint64_t)q.a.outlier & 15u) == 0;
-    cluster_meet(size);
-    for (int w = (int)(blockIdx.x + threadIdx.x * size); w < words; w += THREADS * size) {
-        uint8_t *flags = q.a.outlier + (int64_t)w * WORD;
-        const int64_t left = q.a.cols - (int64_t)w * WORD;
-        unsigned bits = size == 1 ? own[w] : 0u;
-        for (int r = 0; size > 1 && r < size; r++)
-            bits |= cluster_word(own + w, r);
-        if (q.mask)
-            q.mask[w] = bits;
-        if (vector && left >= WORD) {
-            ((uint4 *)flags)[0] = bytes16(bits);
-            ((uint4 *)flags)[1] = bytes16(bits >> 16);
-            continue;
-        }
-        for (int i = 0; i < WORD && i < left; i++)
-            flags[i] = (uint8_t)(bits >> i & 1u);
-    }
-    cluster_meet(size); /* nobody leaves while others read its mask */
-}
-
-#endif
-
-/* The columns of a block among many. */
+/* Those of this block. */
 DEVICE void add_marks8(const struct bnb_cuda_held8 &q, const unsigned *own)
 {
     __syncthreads();
@@ -169,7 +113,7 @@ DEVICE void clear_marks8(const struct bnb_cuda_held8 &q, unsigned *own)
     __syncthreads();
 }
 
-/* Before many rows: no flags. */
+/* Before: no flags. */
 extern "C" __global__ void __launch_bounds__(256) bnb_k_linear8_clean(const struct bnb_cuda_held8 q)
 {
     wait_for_launch_before();

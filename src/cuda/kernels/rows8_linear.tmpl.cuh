@@ -103,18 +103,3 @@ extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_both8)(const struct
 {
     NAME(held8_rows)<PARTS, true>(q);
 }
-
-/* With outliers, by one cluster. */
-extern "C" __global__ void __launch_bounds__(256) NAME(bnb_k_linear8_cluster)(const struct bnb_cuda_held8 q)
-{
-#if __CUDA_ARCH__ >= 900
-    __shared__ unsigned own[MAX_WORDS], partial[THREADS / 32];
-    const struct marks8 marks = marks8_of(q.a, own);
-    unsigned top[PARTS][8];
-    wait_for_launch_before();
-    clear_marks8(q, own);
-    for (int64_t row = blockIdx.x; row < q.a.rows; row += q.cluster)
-        NAME(held8_row)<PARTS, false>(q, row, marks, top, partial);
-    join8(q, own);
-#endif
-}

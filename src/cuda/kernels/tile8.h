@@ -13,9 +13,9 @@
 /* Rows of a tile, bytes of a row in one step along the sum, threads that multiply and all threads of a block. */
 enum { TILE8_ROWS = 128, TILE8_DEPTH = 128, TILE8_WORKERS = 256, TILE8_THREADS = 384 };
 
-/* Outlier columns that are multiplied at a time; bytes of a warp's two blocks on their way out, and of the numbers of
- * columns: 16 for each of three warps, 64 of the list, four sums. */
-enum { TILE8_COLUMNS = 16, TILE8_TURN = 512, TILE8_NUMBERS = 4 * (3 * 16 + 64 + 4) };
+/* Outlier columns that are multiplied at a time, and that are listed beforehand; bytes of a warp's two blocks on their way
+ * out, and of the numbers of columns: 16 for each of three warps, the list, how many there are. */
+enum { TILE8_COLUMNS = 16, TILE8_ROOM = 64, TILE8_TURN = 512, TILE8_NUMBERS = 4 * (3 * 16 + TILE8_ROOM + 4) };
 
 /* Blocks of threads of a tile with few tokens: they share its sum. */
 enum { TILE8_MAX_SPLIT = 8 };
@@ -24,7 +24,8 @@ enum { TILE8_MAX_SPLIT = 8 };
 
 /* Outlier columns: 16 values of every token in 16 bits, then 16 codes of every row. */
 #define BNB_TILE8_STAGE(tokens) ((TILE8_ROWS + (tokens)) * TILE8_DEPTH)
-#define BNB_TILE8_CHUNK(tokens) ((tokens) * 32 + TILE8_ROWS * 16)
+#define BNB_TILE8_VALUES(tokens) ((tokens) * 32)
+#define BNB_TILE8_CHUNK(tokens) (BNB_TILE8_VALUES(tokens) + TILE8_ROWS * 16)
 
 /* Where the values of columns 4 t .. of a token, and the codes of the same columns of a row, lie in it. */
 BNB_EITHER_DEVICE int bnb_tile8_values(int token, int t) { return token * 32 + t * 8; }
@@ -35,6 +36,9 @@ BNB_EITHER_DEVICE int bnb_tile8_codes(int tokens, int row, int t) { return token
 #define BNB_TILE8_SHARED(tokens, stages, chunks)                                                                     \
     ((stages) * BNB_TILE8_STAGE(tokens) + (chunks) * BNB_TILE8_CHUNK(tokens) + TILE8_WORKERS / 32 * 2 * TILE8_TURN + \
      2 * (tokens) * 4 + TILE8_NUMBERS + 1024)
+
+/* Beside it, where blocks stay: scales and bias of every row. */
+enum { TILE8_ROW_SCALES = TILE8_ROWS * 16 };
 
 /* Stages and chunks: of 128 and 256 tokens where blocks stay; of 8, 16, 32, 64 and 128 where they do not. */
 enum {
