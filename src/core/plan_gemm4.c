@@ -36,7 +36,10 @@ static const struct limit {
 
 /* What a tile costs beside its steps, as steps.  Adding up the sums of splits: a launch, and memory that is written once
  * and read once. */
-enum { EDGE = 3, SUM_NS = 1800, SUM_BYTES_PER_NS = 4950, FEWEST_STEPS = 4, SPLITS_MOST = 16, PAIR = 256, TILE = 128 };
+enum { EDGE = 3, SUM_NS = 1800, SUM_BYTES_PER_NS = 4950, TOGETHER_NS = 1500, FEWEST_STEPS = 4, SPLITS_MOST = 16 };
+
+/* Columns of a pair of blocks; the side of a tile of the tile kernel. */
+enum { PAIR = 256, TILE = 128 };
 
 /* Rows of the weight that the copy engine takes at a time. */
 enum { BOX = 256 };
@@ -151,13 +154,27 @@ static int64_t wide_tiles(int tokens, const struct bnb_gemm4_shape *s, int split
 
 static int64_t wide_steps(const struct bnb_gemm4_shape *s) { return bnb_blocks(s->grad ? s->n : s->k, 64); }
 
+/* A cluster of all splits of a tile adds up their sums, where all clusters find room at once.  One lies within a part of
+ * the card of 16 multiprocessors or some more. */
+static bool wide_together(int tokens, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card, int splits)
+{
+    return (splits == 2 || splits == 4) && 2 * wide_tiles(tokens, s, splits) <= card->sms / 16 * 16;
+}
+
+/* So many splits, or fewer if some would be empty. */
+static int wide_splits(const struct bnb_gemm4_shape *s, int splits)
+{
+    return (int)bnb_blocks(wide_steps(s), bnb_blocks(wide_steps(s), splits));
+}
+
 static int64_t wide_time(const struct wide *w, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
                          int splits)
 {
     const int64_t waves = bnb_blocks(wide_tiles(w->tokens, s, splits), card->sms / 2);
     const int64_t steps = bnb_blocks(wide_steps(s), splits) + EDGE;
     const int64_t sums = 8 * s->m * (s->grad ? s->k : s->n) * splits;
-    return waves * steps * w->step_ns + (splits > 1 ? SUM_NS + sums / SUM_BYTES_PER_NS : 0);
+    const int64_t adding = wide_together(w->tokens, s, card, splits) ? TOGETHER_NS : SUM_NS + sums / SUM_BYTES_PER_NS;
+    return waves * steps * w->step_ns + (splits > 1 ? adding : 0);
 }
 
 static struct bnb_gemm4_plan plan_wide(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
@@ -175,17 +192,18 @@ static struct bnb_gemm4_plan plan_wide(const struct bnb_gemm4_shape *s, const st
         for (int splits = 1; splits <= SPLITS_MOST; splits++) {
             if (wanted > 0 ? splits != wanted : splits > 1 && (s->experts > 0 || steps / splits < FEWEST_STEPS))
                 continue;
-            const int64_t time = wide_time(w, s, card, splits);
+            const int64_t time = wide_time(w, s, card, wide_splits(s, splits));
             if (time < best) {
                 best = time;
                 p.kernel = (enum bnb_gemm4_kernel)i;
-                p.splits = splits;
+                p.splits = wide_splits(s, splits);
             }
         }
     }
+    const int tokens = bnb_gemm4_tokens(p.kernel);
+    const int64_t tiles = wide_tiles(tokens, s, p.splits);
     p.steps = (int)bnb_blocks(steps, p.splits);
-    p.splits = (int)bnb_blocks(steps, p.steps);
-    const int64_t tiles = wide_tiles(bnb_gemm4_tokens(p.kernel), s, p.splits);
+    p.together = wide_together(tokens, s, card, p.splits);
     p.grid = 2 * (tiles < clusters ? tiles : clusters);
     return p;
 }

@@ -65,6 +65,7 @@ struct bnb_gemm4_wish { int kernel, splits, bands, depth; };
 struct bnb_gemm4_plan {
     enum bnb_gemm4_kernel kernel;
     int bands, slices, splits, steps, depth, stage; /* as struct bnb_cuda_gemm4_fast has them */
+    bool together;                                  /* wide: the splits of a tile are one cluster */
     int rows, shared;                               /* few: of the weight, bytes of shared memory, of a block */
     int64_t grid;                                   /* blocks */
 };

@@ -125,6 +125,7 @@ static struct bnb_cuda_gemm4_fast fast_of(const struct bnb_gemm4_block *g, const
                                     .experts = g->first ? (int)g->experts : 1,
                                     .splits = plan->splits,
                                     .steps = plan->steps,
+                                    .together = plan->together,
                                     .bands = plan->bands,
                                     .slices = plan->slices,
                                     .depth = plan->depth,
@@ -188,7 +189,8 @@ static bnb_status launch_wide(const struct bnb_cuda_call *c, const struct bnb_ge
     bnb_status status = make_map(c, &p->x, &x);
     if (!status)
         status = make_map(c, &p->codes, &codes);
-    return status ? status : bnb_cuda_launch_as(c, kernel, plan->grid, (struct bnb_cuda_manner){.early = true}, p);
+    const struct bnb_cuda_manner manner = {.cluster = plan->together ? 2 * plan->splits : 2, .early = true};
+    return status ? status : bnb_cuda_launch_as(c, kernel, plan->grid, manner, p);
 }
 
 /* On 9.0 the copy engine brings runs of codes, and of activations all of a step: for each 64 of K, all rows. */
@@ -232,7 +234,8 @@ static bnb_status launch_fast(const struct bnb_cuda_call *c, const struct bnb_ge
     struct bnb_cuda_gemm4_wide p = {.fast = fast_of(g, plan, dtype)};
     struct bnb_cuda_kernel *kernel = &kernels[plan->kernel][dtype];
     const int64_t outer = g->grad ? g->k : g->n;
-    const size_t bytes = plan->splits > 1 ? (size_t)(plan->splits * g->m * outer) * sizeof(float) : 0;
+    const bool apart = plan->splits > 1 && !plan->together;
+    const size_t bytes = apart ? (size_t)(plan->splits * g->m * outer) * sizeof(float) : 0;
     bnb_status status = BNB_OK;
     void *memory = NULL;
     if (bytes > 0)

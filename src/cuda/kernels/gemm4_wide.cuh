@@ -2,7 +2,8 @@
  * gemm4_wide.cuh - a 4-bit weight times many rows of activations on 9.0: wgmma with weights decoded in registers
  *
  * Both ways: x W^T and, for the gradient, x W.  Columns of the result are rows of the operand A, out is transposed.  A
- * cluster of two blocks makes 256 columns by TOKENS rows; each block has 128 columns, its two warpgroups 64 each.  One
+ * pair of blocks makes 256 columns by TOKENS rows; each block has 128 columns, its two warpgroups 64 each.  A cluster is a
+ * pair, or the pairs of all splits of a tile, which then add up what each has: gemm4_wide_together.cuh.  One
  * thread brings codes and activations by tensor copies, RING steps of 64 along the sum ahead; each block brings half of
  * the activations, to both.
  *
@@ -58,20 +59,25 @@ struct wide_tile {
 template <class S> DEVICE int wide_inner(const struct bnb_cuda_gemm4_fast &p) { return (int)(S::GRAD ? p.g.n : p.g.k); }
 template <class S> DEVICE int wide_outer(const struct bnb_cuda_gemm4_fast &p) { return (int)(S::GRAD ? p.g.k : p.g.n); }
 
-DEVICE struct walk<int> wide_start()
+/* Blocks of a cluster. */
+DEVICE int wide_peers(const struct bnb_cuda_gemm4_fast &p) { return p.together ? 2 * p.splits : 2; }
+
+DEVICE struct walk<int> wide_start(const struct bnb_cuda_gemm4_fast &p)
 {
-    struct walk<int> w = {(int)blockIdx.x / 2, 0, 0};
+    struct walk<int> w = {(int)blockIdx.x / wide_peers(p), 0, 0};
     return w;
 }
 
 /* This cluster's next tile; false after its last. */
 template <class S> DEVICE bool wide_next(const struct bnb_cuda_gemm4_fast &p, struct walk<int> *w, struct wide_tile *t)
 {
-    const struct walk_work work = {p.first, p.g.m, p.experts, p.splits};
-    if (!walk_next(work, S::TOKENS, (wide_outer<S>(p) + 255) / 256, (int)gridDim.x / 2, w, &t->at))
+    const struct walk_work work = {p.first, p.g.m, p.experts, p.together ? 1 : p.splits};
+    if (!walk_next(work, S::TOKENS, (wide_outer<S>(p) + 255) / 256, (int)gridDim.x / wide_peers(p), w, &t->at))
         return false;
+    if (p.together)
+        t->at.split = (int)cluster_rank() / 2;
     const int left = (wide_inner<S>(p) + 63) / 64 - t->at.split * p.steps;
-    t->column = t->at.column * 256 + (int)cluster_rank() * 128;
+    t->column = t->at.column * 256 + (int)cluster_rank() % 2 * 128;
     t->step = t->at.split * p.steps;
     t->steps = left < p.steps ? left : p.steps;
     return true;
@@ -93,9 +99,9 @@ DEVICE bool wide_next_of_warp(const struct bnb_cuda_gemm4_fast &p, struct walk<i
 template <class S>
 DEVICE void wide_bring(const struct bnb_cuda_gemm4_wide &p, unsigned char *memory, uint64_t *full, uint64_t *empty)
 {
-    struct walk<int> walk = wide_start();
+    struct walk<int> walk = wide_start(p.fast);
     struct wide_tile t;
-    const int half = S::TOKENS / 2, rank = (int)cluster_rank();
+    const int half = S::TOKENS / 2, rank = (int)cluster_rank() % 2, pair = 3 << (int)cluster_rank() / 2 * 2;
     int slot = 0;
     unsigned parity = 1;
     while (wide_next<S>(p.fast, &walk, &t)) {
@@ -107,7 +113,7 @@ DEVICE void wide_bring(const struct bnb_cuda_gemm4_wide &p, unsigned char *memor
             copy_box(memory + S::CODES_AT + slot * S::CODES, &p.codes, (S::GRAD ? t.column : l) / 2,
                      base + (S::GRAD ? l : t.column), full + slot);
             copy_box_to(memory + S::X_AT + slot * S::X_BYTES + rank * (S::X_BYTES / 2), &p.x, l,
-                        t.at.token + rank * half, full + slot, 3);
+                        t.at.token + rank * half, full + slot, pair);
             if (++slot == S::RING)
                 slot = 0, parity ^= 1;
         }
@@ -121,6 +127,7 @@ struct wide_thread {
     uint64_t *full, *empty;
     float offset;             /* of nested scales */
     int group, warp, lane;    /* of the two warpgroups; of its four warps */
+    unsigned peer;            /* of lanes 0 and 1: a block of the pair */
     int first, second;        /* its two columns among the 128 of the block: rows g and g + 8 of its warp's operand */
     unsigned at, selector;    /* of this lane: its byte of the table's addresses; what picks its bytes of codes */
     int grad_codes, grad_scales; /* GRAD: where in a slot this lane's begin */
@@ -139,7 +146,7 @@ DEVICE void wide_turn(struct wide_thread *w, int ring)
 template <class S> DEVICE void wide_release(const struct wide_thread &w)
 {
     if (w.lane < 2)
-        barrier_arrive_at(w.empty + w.previous, (unsigned)w.lane);
+        barrier_arrive_at(w.empty + w.previous, w.peer);
 }
 
 /* ---------------------------------------------------------------- results */

@@ -18,43 +18,47 @@
 
 /* ---------------------------------------------------------------- the warps that bring scales */
 
+/* Steps whose scales are on their way to a lane. */
+enum { GRAD_AHEAD = 4 };
+
 /* Of rows `lane` and `lane + 32` of a step: of the warpgroup's first columns, and its last 32. */
 struct wide_grad_scales {
-    int64_t at, other;       /* elements of the weight, in row `lane` of the next step */
-    struct scale4 raw[2][2]; /* of the next step: [first or last][row] */
-    int left;                /* rows of the weight from that row on */
+    int64_t at, other;                   /* elements of the weight, in row `lane` of the step that is loaded next */
+    struct scale4 raw[GRAD_AHEAD][2][2]; /* [step][first or last][row] */
+    int left, before; /* rows of the weight from that row on; and from the one of the oldest step on */
 };
 
 /* May a row's first and last 32 columns have different scales? */
 DEVICE bool wide_grad_halves(const struct bnb_cuda_gemm4_fast &p) { return p.shift == 5 || p.g.k % 64 != 0; }
 
-DEVICE void wide_grad_load(const struct bnb_cuda_gemm4_fast &p, struct wide_grad_scales *s)
+DEVICE void wide_grad_load(const struct bnb_cuda_gemm4_fast &p, struct wide_grad_scales *s, struct scale4 raw[2][2])
 {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int64_t more = s->left > i * 32 ? i * 32 * p.g.k : 0;
-        if (s->left <= 0)
-            continue;
-        s->raw[0][i] = scale4_load(p, s->at + more);
-        if (wide_grad_halves(p))
-            s->raw[1][i] = scale4_load(p, s->other + more);
+    if (s->left > 0) {
+        const int64_t more = s->left > 32 ? 32 * p.g.k : 0;
+        raw[0][0] = scale4_load(p, s->at);
+        raw[0][1] = scale4_load(p, s->at + more);
+        if (wide_grad_halves(p)) {
+            raw[1][0] = scale4_load(p, s->other);
+            raw[1][1] = scale4_load(p, s->other + more);
+        }
     }
+    s->at += 64 * p.g.k, s->other += 64 * p.g.k;
+    s->left -= 64;
 }
 
-/* Those of the step into its slot, rows beyond the weight zero; then on to the next. */
+/* Those of the oldest step into its slot, rows beyond the weight zero. */
 DEVICE void wide_grad_put(const struct bnb_cuda_gemm4_fast &p, const float *map2, float offset,
-                          struct wide_grad_scales *s, float *to)
+                          struct wide_grad_scales *s, const struct scale4 raw[2][2], float *to)
 {
     const int lane = (int)threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const bool there = s->left > i * 32;
-        to[lane + i * 32] = there ? scale4_value(p, s->raw[0][i], map2, offset) * p.shrink : 0.0f;
+        const bool there = s->before > i * 32;
+        to[lane + i * 32] = there ? scale4_value(p, raw[0][i], map2, offset) * p.shrink : 0.0f;
         if (wide_grad_halves(p))
-            to[64 + lane + i * 32] = there ? scale4_value(p, s->raw[1][i], map2, offset) * p.shrink : 0.0f;
+            to[64 + lane + i * 32] = there ? scale4_value(p, raw[1][i], map2, offset) * p.shrink : 0.0f;
     }
-    s->at += 64 * p.g.k, s->other += 64 * p.g.k;
-    s->left -= 64;
+    s->before -= 64;
 }
 
 /* By a warp, for the 64 columns of warpgroup `group`. */
@@ -62,7 +66,7 @@ template <class S>
 DEVICE void wide_bring_scales(const struct bnb_cuda_gemm4_fast &p, int group, unsigned char *memory, uint64_t *full,
                               uint64_t *empty)
 {
-    struct walk<int> walk = wide_start();
+    struct walk<int> walk = wide_start(p);
     struct wide_tile t;
     const int lane = (int)threadIdx.x % 32, end = (int)p.g.k;
     const float *map2 = (const float *)(memory + S::MAP2_AT);
@@ -73,20 +77,27 @@ DEVICE void wide_bring_scales(const struct bnb_cuda_gemm4_fast &p, int group, un
         const int row = t.step * 64 + lane, column = t.column + group * 64;
         const int64_t start = (t.at.expert * p.g.n + row) * p.g.k;
         struct wide_grad_scales s = {};
-        s.left = (int)p.g.n - row;
+        s.left = s.before = (int)p.g.n - row;
         s.at = start + (column < end ? column : 0);
         s.other = start + (column + 32 < end ? column + 32 : 0);
-        wide_grad_load(p, &s);
-        for (int i = 0; i < t.steps; i++) {
-            barrier_wait(empty + slot, parity);
-            wide_grad_put(p, map2, offset, &s, (float *)(memory + S::SCALES_AT + slot * S::SCALES) + group * 128);
-            __syncwarp();
-            if (lane == 0)
-                barrier_arrive(full + slot);
-            if (i + 1 < t.steps)
-                wide_grad_load(p, &s);
-            if (++slot == S::RING)
-                slot = 0, parity ^= 1;
+#pragma unroll
+        for (int u = 0; u < GRAD_AHEAD; u++)
+            wide_grad_load(p, &s, s.raw[u]);
+        for (int i = 0; i < t.steps; i += GRAD_AHEAD) {
+#pragma unroll
+            for (int u = 0; u < GRAD_AHEAD; u++) {
+                if (i + u >= t.steps)
+                    break;
+                barrier_wait(empty + slot, parity);
+                wide_grad_put(p, map2, offset, &s, s.raw[u],
+                              (float *)(memory + S::SCALES_AT + slot * S::SCALES) + group * 128);
+                __syncwarp();
+                if (lane == 0)
+                    barrier_arrive(full + slot);
+                wide_grad_load(p, &s, s.raw[u]);
+                if (++slot == S::RING)
+                    slot = 0, parity ^= 1;
+            }
         }
     }
 }
@@ -95,7 +106,7 @@ DEVICE void wide_bring_scales(const struct bnb_cuda_gemm4_fast &p, int group, un
 
 struct wide_grad {
     const unsigned char *from; /* codes of the slot, as far as they are the same for all fragments */
-    const float *scale;        /* of its rows, this lane's first two of a fragment */
+    const float *scale; /* of its rows, this lane's first two of a fragment */
     unsigned codes[4], pair[4], a[4][4];
     float2 near, far; /* scales of the pairs: of rows 2j and 2j + 1, and of those eight on */
 };

@@ -5,6 +5,7 @@
 #define BNB_CUDA_GEMM4_WIDE_KERNEL_CUH
 
 #include "cuda/kernels/gemm4_wide_steps.cuh"
+#include "cuda/kernels/gemm4_wide_together.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -19,6 +20,7 @@ DEVICE struct wide_thread wide_thread_of(const struct bnb_cuda_gemm4_fast &p, in
     const int g = w.lane / 4;
     w.first = w.group * 64 + (S::GRAD ? w.warp / 2 * 32 + g * 4 + w.warp % 2 * 2 : w.warp * 16 + g);
     w.second = w.first + (S::GRAD ? 1 : 8);
+    w.peer = (cluster_rank() & ~1u) + (unsigned)w.lane;
     w.at = (unsigned)w.lane * 4;
     w.selector = !S::GRAD ? pair_selector(w.lane % 4) : w.warp % 2 ? 0x7531u : 0x6420u;
     w.grad_codes = w.lane * 64 + ((w.group * 2 + w.warp / 2) ^ w.lane / 2 % 4) * 16;
@@ -30,7 +32,9 @@ template <typename T, class S>
 DEVICE void wide_store_tile(const struct bnb_cuda_gemm4_wide &p, const struct wide_tile &t, const struct wide_thread &w,
                             const float (&sums)[S::SUMS])
 {
-    if (p.fast.partial)
+    if (p.fast.together)
+        wide_store_together<T, S>(p.fast, t, w, sums);
+    else if (p.fast.partial)
         wide_store_split<S>(p.fast, t, w, sums);
     else
         wide_store<T, S>(p, t, w, sums);
@@ -39,7 +43,7 @@ DEVICE void wide_store_tile(const struct bnb_cuda_gemm4_wide &p, const struct wi
 template <typename T, class S>
 DEVICE void wide_multiply_forward(const struct bnb_cuda_gemm4_wide &p, struct wide_thread &w)
 {
-    struct walk<int> walk = wide_start();
+    struct walk<int> walk = wide_start(p.fast);
     struct wide_tile t, next;
     struct wide_forward d = {};
     bool there = wide_next_of_warp<S>(p.fast, &walk, &next);
@@ -62,7 +66,7 @@ DEVICE void wide_multiply_forward(const struct bnb_cuda_gemm4_wide &p, struct wi
 template <typename T, class S>
 DEVICE void wide_multiply_grad(const struct bnb_cuda_gemm4_wide &p, struct wide_thread &w)
 {
-    struct walk<int> walk = wide_start();
+    struct walk<int> walk = wide_start(p.fast);
     struct wide_tile t;
     struct wide_grad d = {};
     while (wide_next_of_warp<S>(p.fast, &walk, &t)) {
@@ -100,15 +104,18 @@ template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_ge
     __syncthreads();
     cluster_barrier();
     if (warp < 4) {
-        registers_down_to<40>();
+        registers_down_to<72>();
         if (threadIdx.x == 0)
             wide_bring<S>(p, memory, full, empty);
         if constexpr (S::GRAD)
             if (warp == 1 || warp == 2)
                 wide_bring_scales<S>(p.fast, warp - 1, memory, full, empty);
         __syncwarp();
+        if (p.fast.together)
+            cluster_barrier(); /* as in wide_store_together */
+        __syncwarp();
     } else {
-        registers_to<232>();
+        registers_to<216>();
         struct wide_thread w = wide_thread_of<S>(p.fast, warp, memory);
         if constexpr (S::GRAD)
             wide_multiply_grad<T, S>(p, w);

@@ -45,6 +45,18 @@ DEVICE void barrier_arrive_at(uint64_t *barrier, unsigned rank)
                  : "memory");
 }
 
+/* Four numbers of shared memory of the peer of that rank, at the address that they would have here. */
+DEVICE float4 peer_values(const float *p, unsigned rank)
+{
+    float4 v;
+    asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %4, %5;\n\t"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n\t}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(shared_address(p)), "r"(rank)
+                 : "memory");
+    return v;
+}
+
 /* ---------------------------------------------------------------- tensor copies */
 
 /* The box of a tensor map at column x and row y; the barrier of each block it lands in counts its bytes. */
