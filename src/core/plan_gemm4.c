@@ -154,11 +154,14 @@ static int64_t wide_tiles(int tokens, const struct bnb_gemm4_shape *s, int split
 
 static int64_t wide_steps(const struct bnb_gemm4_shape *s) { return bnb_blocks(s->grad ? s->n : s->k, 64); }
 
-/* A cluster of all splits of a tile adds up their sums, where all clusters find room at once.  One lies within a part of
- * the card of 16 multiprocessors or some more. */
+/* Clusters of 2, 4, 6 and 8 blocks that find room at once on 132 multiprocessors.  One lies within a part of the card, of
+ * which some have but 14. */
+static const int clusters_at_once[] = {66, 28, 16, 8};
+
+/* A cluster of all splits of a tile adds up their sums, where all clusters find room at once. */
 static bool wide_together(int tokens, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card, int splits)
 {
-    return (splits == 2 || splits == 4) && 2 * wide_tiles(tokens, s, splits) <= card->sms / 16 * 16;
+    return splits > 1 && splits <= 4 && wide_tiles(tokens, s, 1) * 132 <= clusters_at_once[splits - 1] * card->sms;
 }
 
 /* So many splits, or fewer if some would be empty. */

@@ -69,8 +69,8 @@ struct wide_forward {
 
 template <class S> DEVICE void wide_meet(const struct wide_thread &w, struct wide_forward *d)
 {
-    barrier_wait(w.full + w.slot, w.parity);
-    d->from = w.memory + S::CODES_AT + w.slot * S::CODES + w.first * 32;
+    barrier_wait(wide_codes_full<S>(w.memory) + w.line.at, w.line.parity);
+    d->from = w.memory + S::CODES_AT + w.line.at * S::CODES + w.first * 32;
 }
 
 DEVICE void wide_codes(int h, struct wide_forward *d)

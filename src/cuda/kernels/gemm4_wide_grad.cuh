@@ -62,17 +62,15 @@ DEVICE void wide_grad_put(const struct bnb_cuda_gemm4_fast &p, const float *map2
 }
 
 /* By a warp, for the 64 columns of warpgroup `group`. */
-template <class S>
-DEVICE void wide_bring_scales(const struct bnb_cuda_gemm4_fast &p, int group, unsigned char *memory, uint64_t *full,
-                              uint64_t *empty)
+template <class S> DEVICE void wide_bring_scales(const struct bnb_cuda_gemm4_fast &p, int group, unsigned char *memory)
 {
     struct walk<int> walk = wide_start(p);
     struct wide_tile t;
     const int lane = (int)threadIdx.x % 32, end = (int)p.g.k;
     const float *map2 = (const float *)(memory + S::MAP2_AT);
     const float offset = p.g.scale.absmax2 ? __ldg(p.g.scale.offset) : 0.0f;
-    int slot = 0;
-    unsigned parity = 1;
+    uint64_t *full = wide_codes_full<S>(memory), *empty = wide_codes_empty<S>(memory);
+    struct wide_place line = {};
     while (wide_next_of_warp<S>(p, &walk, &t)) {
         const int row = t.step * 64 + lane, column = t.column + group * 64;
         const int64_t start = (t.at.expert * p.g.n + row) * p.g.k;
@@ -88,15 +86,14 @@ DEVICE void wide_bring_scales(const struct bnb_cuda_gemm4_fast &p, int group, un
             for (int u = 0; u < GRAD_AHEAD; u++) {
                 if (i + u >= t.steps)
                     break;
-                barrier_wait(empty + slot, parity);
+                barrier_wait(empty + line.at, line.parity ^ 1);
                 wide_grad_put(p, map2, offset, &s, s.raw[u],
-                              (float *)(memory + S::SCALES_AT + slot * S::SCALES) + group * 128);
+                              (float *)(memory + S::SCALES_AT + line.at * S::SCALES) + group * 128);
                 __syncwarp();
                 if (lane == 0)
-                    barrier_arrive(full + slot);
+                    barrier_arrive(full + line.at);
                 wide_grad_load(p, &s, s.raw[u]);
-                if (++slot == S::RING)
-                    slot = 0, parity ^= 1;
+                wide_advance<S::LINE>(&line);
             }
         }
     }
@@ -113,9 +110,9 @@ struct wide_grad {
 
 template <class S> DEVICE void wide_meet(const struct wide_thread &w, struct wide_grad *d)
 {
-    barrier_wait(w.full + w.slot, w.parity);
-    d->from = w.memory + S::CODES_AT + w.slot * S::CODES + w.grad_codes;
-    d->scale = (const float *)(w.memory + S::SCALES_AT + w.slot * S::SCALES + w.grad_scales);
+    barrier_wait(wide_codes_full<S>(w.memory) + w.line.at, w.line.parity);
+    d->from = w.memory + S::CODES_AT + w.line.at * S::CODES + w.grad_codes;
+    d->scale = (const float *)(w.memory + S::SCALES_AT + w.line.at * S::SCALES + w.grad_scales);
 }
 
 DEVICE void wide_codes(int h, struct wide_grad *d) { load_matrices_transposed(d->codes, d->from + h * 2048); }

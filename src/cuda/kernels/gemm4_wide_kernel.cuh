@@ -14,7 +14,6 @@ DEVICE struct wide_thread wide_thread_of(const struct bnb_cuda_gemm4_fast &p, in
 {
     struct wide_thread w = {};
     w.memory = memory;
-    w.full = (uint64_t *)(memory + S::BARRIERS_AT), w.empty = w.full + S::RING;
     w.offset = p.g.scale.absmax2 ? __ldg(p.g.scale.offset) : 0.0f;
     w.group = warp / 4 - 1, w.warp = warp % 4, w.lane = (int)threadIdx.x % 32;
     const int g = w.lane / 4;
@@ -88,13 +87,16 @@ template <typename T, class S> DEVICE void wide_table(const struct bnb_cuda_gemm
 template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_gemm4_wide &p)
 {
     SHARED_MEMORY(memory);
-    uint64_t *full = (uint64_t *)(memory + S::BARRIERS_AT), *empty = full + S::RING;
     const int warp = warp_number();
     let_next_launch_come();
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::RING; i++) {
-            barrier_init(full + i, S::GRAD ? 3 : 1);
-            barrier_init(empty + i, 16); /* eight warps of each block */
+            barrier_init(wide_full<S>(memory) + i, 1);
+            barrier_init(wide_empty<S>(memory) + i, 16); /* eight warps of each block */
+        }
+        for (int i = 0; i < S::LINE; i++) {
+            barrier_init(wide_codes_full<S>(memory) + i, S::GRAD ? 3 : 1);
+            barrier_init(wide_codes_empty<S>(memory) + i, 8);
         }
         barriers_ready();
     }
@@ -106,10 +108,12 @@ template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_ge
     if (warp < 4) {
         registers_down_to<72>();
         if (threadIdx.x == 0)
-            wide_bring<S>(p, memory, full, empty);
+            wide_bring<S>(p, memory);
+        if (threadIdx.x == 96)
+            wide_bring_codes<S>(p, memory);
         if constexpr (S::GRAD)
             if (warp == 1 || warp == 2)
-                wide_bring_scales<S>(p.fast, warp - 1, memory, full, empty);
+                wide_bring_scales<S>(p.fast, warp - 1, memory);
         __syncwarp();
         if (p.fast.together)
             cluster_barrier(); /* as in wide_store_together */

@@ -5,7 +5,7 @@
  * cut into four fragments of 16 along the sum, and behind the start of each a warp decodes a little of those that follow:
  * one is rounded, for one pairs are looked up, for one codes are loaded.  No latency of these is then waited for.
  *
- * D is a decoder, of gemm4_wide_forward.cuh or gemm4_wide_grad.cuh.  wide_meet: the slot of step w.slot is full.
+ * D is a decoder, of gemm4_wide_forward.cuh or gemm4_wide_grad.cuh.  wide_meet: the codes of the step in w.line have come.
  * wide_codes loads those of half h of that step.  wide_look looks up the pairs of fragment q, whose codes were loaded
  * last.  wide_scales_at has the scales of step i.  wide_round makes a fragment of the pairs that were looked up last.
  */
@@ -25,13 +25,21 @@ template <int COUNT> DEVICE void wide_fold(float (&sums)[COUNT], const float (&p
         sums[i] = __fmaf_rn(scale[i % 4 / 2], part[i], sums[i]);
 }
 
+/* All codes of a step have been loaded; on to those of the next. */
+template <class S> DEVICE void wide_read(struct wide_thread *w)
+{
+    w->last_line = w->line.at;
+    wide_advance<S::LINE>(&w->line);
+}
+
 /* The products of step i into `to`, and in their shadow the rest of its own fragments and, unless it is the LAST, the first
  * ones of the next.  SUMS: `to` has products of this step alone, `last` those of the step before, which are then done. */
 template <typename T, class S, bool LAST, class D>
 DEVICE void wide_step(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, int i, struct wide_thread *w,
                       D *d, float (&to)[S::SUMS], const float (&last)[S::SUMS], float (&sums)[S::SUMS])
 {
-    const uint64_t b = wgmma_operand(w->memory + S::X_AT + w->now * S::X_BYTES);
+    const uint64_t b = wgmma_operand(w->memory + S::X_AT + w->x.at * S::X_BYTES);
+    barrier_wait(wide_full<S>(w->memory) + w->x.at, w->x.parity);
 #pragma unroll
     for (int q = 0; q < 4; q++) {
         wgmma_begin();
@@ -51,21 +59,23 @@ DEVICE void wide_step(const struct bnb_cuda_gemm4_fast &p, const struct wide_til
         if (LAST && q >= 1)
             continue;
         wide_look(*w, (q + 3) % 4, d);
+        if (q == 0)
+            wide_release_codes<S>(*w);
         if (!LAST && q == 0)
             wide_meet<S>(*w, d);
         if (!LAST && q % 2 == 0)
             wide_codes(q / 2, d);
     }
-    w->previous = w->now, w->now = w->slot;
+    w->last_x = w->x.at;
+    wide_advance<S::RING>(&w->x);
     if (!LAST)
-        wide_turn(w, S::RING);
+        wide_read<S>(w);
 }
 
 /* What must be decoded before the first step. */
 template <typename T, class S, class D>
 DEVICE void wide_first(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, struct wide_thread *w, D *d)
 {
-    w->now = w->slot;
     wide_meet<S>(*w, d);
     wide_codes(0, d);
     wide_scales_at<S>(p, t, *w, 0, d);
@@ -75,7 +85,7 @@ DEVICE void wide_first(const struct bnb_cuda_gemm4_fast &p, const struct wide_ti
     wide_codes(1, d);
     wide_round<T, S>(1, d);
     wide_look(*w, 2, d);
-    wide_turn(w, S::RING);
+    wide_read<S>(w);
 }
 
 /* All steps of a tile. */

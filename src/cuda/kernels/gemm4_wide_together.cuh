@@ -58,14 +58,15 @@ template <typename T, class S>
 DEVICE void wide_store_together(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t,
                                 const struct wide_thread &w, const float (&sums)[S::SUMS])
 {
-    const int part = S::TOKENS / p.splits, rank = (int)cluster_rank(), thread = w.group * 128 + w.warp * 32 + w.lane;
+    const int part = (S::TOKENS + p.splits - 1) / p.splits, rank = (int)cluster_rank(),
+              thread = w.group * 128 + w.warp * 32 + w.lane;
     const int first = rank / 2 * part, column = thread % 32 * 4;
     const float *from = (const float *)(w.memory + S::X_AT) + column;
     wide_leave<S>(w, sums);
     cluster_barrier();
 #pragma unroll 4
     for (int i = thread / 32; i < part; i += 8)
-        if (t.at.token + first + i < t.at.end)
+        if (first + i < S::TOKENS && t.at.token + first + i < t.at.end)
             wide_store_four<T>(p, wide_outer<S>(p), t.at.token + first + i, t.column + column,
                                wide_total(from + (first + i) * TOGETHER_ROW, p.splits, rank % 2));
 }
