@@ -89,7 +89,7 @@ bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s
     if (s->grad || s->k % 64 != 0)
         return false;
     if (is_wide(kernel))
-        return kernel > BNB_GEMM4_KERNEL_WIDE64 || s->block > 32;
+        return kernel == BNB_GEMM4_KERNEL_WIDE256 || s->block > 32;
     const struct few *f = &few[kernel - BNB_GEMM4_KERNEL_FEW8];
     struct bnb_gemm4_plan least = {.bands = 1, .slices = 1, .depth = 2};
     return s->experts == 0 && s->m <= 8 * f->tokens && s->n * (s->k / 64) < UINT32_MAX && few_fits(f, s, card, &least);

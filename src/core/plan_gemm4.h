@@ -34,8 +34,8 @@ enum bnb_gemm4_kernel {
     BNB_GEMM4_KERNEL_FEW32,
     BNB_GEMM4_KERNEL_FEW64,
     BNB_GEMM4_KERNEL_WIDE32, /* from here to tile 9.0 alone */
-    BNB_GEMM4_KERNEL_WIDE64, /* up to here scales multiply sums, and blocks of 32 are too short for wide ones */
-    BNB_GEMM4_KERNEL_WIDE128,
+    BNB_GEMM4_KERNEL_WIDE64, /* up to here scales multiply sums */
+    BNB_GEMM4_KERNEL_WIDE128, /* up to here blocks of 32 are too short for wide ones */
     BNB_GEMM4_KERNEL_WIDE256,
     BNB_GEMM4_KERNEL_GRAD128,
     BNB_GEMM4_KERNEL_GRAD256,

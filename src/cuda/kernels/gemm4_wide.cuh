@@ -9,6 +9,9 @@
  * the activations, to both.  Codes have a ring of their own, for they are needed a step before the activations: in one ring
  * with them a slot would be held too long for those under way to cover the latency of memory.
  *
+ * Up to 128 tokens, two pairs of warpgroups take steps in turn, and add up in the end: four warps of a scheduler cover each
+ * other's latencies, two do not.
+ *
  * full: the copies of a slot have landed.  empty: all warps that read the slot are done with it, of both blocks where it
  * holds activations.  All walk over the same tiles and steps, so that slots and phases agree; peers leave together, for
  * they signal each other.
@@ -31,6 +34,12 @@ template <int COUNT, int HOW> struct wide_shape {
         TOKENS = COUNT,
         MODE = HOW,
         GRAD = HOW == WIDE_GRAD,
+        WAYS = COUNT < 256 ? 2 : 1,
+        SHORT = HOW == WIDE_WEIGHTS && WAYS == 1, /* blocks may be of 32; registers are too few elsewhere */
+        WORKERS = WAYS * 256, /* threads that multiply; those that bring come after them */
+        THREADS = WORKERS + 128,
+        WORKER_REGISTERS = WAYS == 1 ? 216 : 112,
+        BRINGER_REGISTERS = WAYS == 1 ? 72 : 32,
         SUMS = COUNT / 2, /* of a thread */
         PIECE = GRAD || COUNT == 256 ? 32
         : COUNT < 64                 ? COUNT
@@ -44,7 +53,7 @@ template <int COUNT, int HOW> struct wide_shape {
         LINE = COUNT < 256 ? 8
         : GRAD             ? 5
                            : 6, /* slots for codes */
-        STAGING = PIECE * 128,  /* a piece, and 64 columns, for each warpgroup */
+        STAGING = WAYS == 2 ? 8192 : PIECE * 128, /* a piece of 64 columns; 16 sums of each thread of a warpgroup */
         X_AT = PAIRS,
         CODES_AT = X_AT + RING * X_BYTES,
         SCALES_AT = CODES_AT + LINE * CODES,
@@ -59,7 +68,8 @@ template <int COUNT, int HOW> struct wide_shape {
 struct wide_tile {
     struct walk_tile<int> at;
     int column;      /* of the expert's result, this block's first */
-    int step, steps; /* of 64 along the sum */
+    int step, steps; /* of 64 along the sum; of one way, where two take them in turn */
+    int all;         /* steps of both */
 };
 
 template <class S> DEVICE int wide_inner(const struct bnb_cuda_gemm4_fast &p) { return (int)(S::GRAD ? p.g.n : p.g.k); }
@@ -108,10 +118,14 @@ struct wide_place {
     unsigned parity;
 };
 
-template <int LENGTH> DEVICE void wide_advance(struct wide_place *p)
+/* By `count` slots, which may be -1. */
+template <int LENGTH> DEVICE void wide_advance(struct wide_place *p, int count)
 {
-    if (++p->at == LENGTH)
-        p->at = 0, p->parity ^= 1;
+    p->at += count;
+    if (p->at >= LENGTH)
+        p->at -= LENGTH, p->parity ^= 1;
+    if (count < 0 && p->at < 0)
+        p->at += LENGTH, p->parity ^= 1;
 }
 
 template <class S> DEVICE uint64_t *wide_full(unsigned char *memory) { return (uint64_t *)(memory + S::BARRIERS_AT); }
@@ -135,8 +149,12 @@ template <class S> DEVICE void wide_bring(const struct bnb_cuda_gemm4_wide &p, u
             barrier_expect(full + x.at, S::X_BYTES);
             copy_box_to(memory + S::X_AT + x.at * S::X_BYTES + rank * (S::X_BYTES / 2), &p.x, (t.step + i) * 64,
                         t.at.token + rank * half, full + x.at, pair);
-            wide_advance<S::RING>(&x);
+            wide_advance<S::RING>(&x, 1);
         }
+    }
+    for (int i = 0; i < S::RING; i++) { /* until nobody signals this block any more */
+        barrier_wait(empty + x.at, x.parity ^ 1);
+        wide_advance<S::RING>(&x, 1);
     }
 }
 
@@ -154,7 +172,7 @@ template <class S> DEVICE void wide_bring_codes(const struct bnb_cuda_gemm4_wide
             barrier_expect(full + line.at, S::CODES);
             copy_box(memory + S::CODES_AT + line.at * S::CODES, &p.codes, (S::GRAD ? t.column : l) / 2,
                      base + (S::GRAD ? l : t.column), full + line.at);
-            wide_advance<S::LINE>(&line);
+            wide_advance<S::LINE>(&line, 1);
         }
     }
 }
@@ -164,7 +182,7 @@ template <class S> DEVICE void wide_bring_codes(const struct bnb_cuda_gemm4_wide
 struct wide_thread {
     unsigned char *memory;
     float offset;                /* of nested scales */
-    int group, warp, lane;       /* of the two warpgroups; of its four warps */
+    int way, group, warp, lane;  /* which steps; which of its two warpgroups; which of its four warps */
     unsigned peer;               /* of lanes 0 and 1: a block of the pair */
     int first, second; /* its two columns among the 128 of the block: rows g and g + 8 of its warp's operand */
     unsigned at, selector; /* of this lane: its byte of the table's addresses; what picks its bytes of codes */
@@ -187,6 +205,9 @@ template <class S> DEVICE void wide_release_codes(const struct wide_thread &w)
     if (w.lane == 0)
         barrier_arrive(wide_codes_empty<S>(w.memory) + w.last_line);
 }
+
+/* Numbers of barriers: from 1, of a warpgroup that stores; from 3, of both ways of a group; of all that have results. */
+enum { WIDE_STORE = 1, WIDE_WAYS = 3, WIDE_ALL = 5 };
 
 /* ---------------------------------------------------------------- results */
 
@@ -240,11 +261,11 @@ DEVICE void wide_store(const struct bnb_cuda_gemm4_wide &p, const struct wide_ti
     unsigned char *staging = w.memory + S::STAGING_AT + w.group * S::STAGING;
 #pragma unroll
     for (int c = 0; c < S::TOKENS / S::PIECE; c++) {
-        some_barrier(1 + w.group, 128);
+        some_barrier(WIDE_STORE + w.group, 128);
 #pragma unroll
         for (int i = 0; i < S::PIECE / 16; i++)
             wide_stage<T, S>(staging, w, i * 16, sums + c * (S::PIECE / 2) + i * 8, top, low);
-        some_barrier(1 + w.group, 128);
+        some_barrier(WIDE_STORE + w.group, 128);
 #pragma unroll
         for (int i = 0; i < S::PIECE / 16; i++) {
             const int row = i * 16 + thread / 8, chunk = thread % 8, column = start + chunk * 8;

@@ -93,7 +93,7 @@ template <class S> DEVICE void wide_bring_scales(const struct bnb_cuda_gemm4_fas
                 if (lane == 0)
                     barrier_arrive(full + line.at);
                 wide_grad_load(p, &s, s.raw[u]);
-                wide_advance<S::LINE>(&line);
+                wide_advance<S::LINE>(&line, 1);
             }
         }
     }
@@ -115,7 +115,12 @@ template <class S> DEVICE void wide_meet(const struct wide_thread &w, struct wid
     d->scale = (const float *)(w.memory + S::SCALES_AT + w.line.at * S::SCALES + w.grad_scales);
 }
 
-DEVICE void wide_codes(int h, struct wide_grad *d) { load_matrices_transposed(d->codes, d->from + h * 2048); }
+/* Two fragments at a time. */
+DEVICE void wide_codes(int q, struct wide_grad *d)
+{
+    if (q % 2 == 0)
+        load_matrices_transposed(d->codes, d->from + q * 1024);
+}
 
 DEVICE void wide_look(const struct wide_thread &w, int q, struct wide_grad *d)
 { /* bytes: of rows 2j and 2j + 1, then of those eight on */

@@ -12,14 +12,14 @@
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /* Floats from one token to the next: the lanes of a warp, which hold eight columns of four tokens two apart, meet in no
- * bank.  A barrier of all that multiply. */
-enum { TOGETHER_ROW = 132, WIDE_ALL = 3 };
+ * bank. */
+enum { TOGETHER_ROW = 132 };
 
 template <class S> DEVICE void wide_leave(const struct wide_thread &w, const float (&sums)[S::SUMS])
 {
     static_assert(S::TOKENS * TOGETHER_ROW * 4 <= S::STAGING_AT - S::X_AT, "sums lie where the ring was");
     float *to = (float *)(w.memory + S::X_AT) + w.lane % 4 * 2 * TOGETHER_ROW;
-    some_barrier(WIDE_ALL, 256); /* the products of both warpgroups have been read from the ring */
+    some_barrier(WIDE_ALL, 256); /* the products of all warpgroups have been read from the ring */
 #pragma unroll
     for (int i = 0; i < S::SUMS; i++)
         to[(i / 4 * 8 + i % 2) * TOGETHER_ROW + (i % 4 / 2 ? w.second : w.first)] = sums[i];

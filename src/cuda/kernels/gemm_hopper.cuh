@@ -25,6 +25,12 @@ DEVICE void cluster_barrier()
     asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+/* The same where nobody has written what others read: without the wait for all memory of the card. */
+DEVICE void cluster_meet()
+{
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 /* After all inits, by who made them. */
 DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
