@@ -18,47 +18,35 @@
 
 /* ---------------------------------------------------------------- the warps that bring scales */
 
-/* Steps whose scales are on their way to a lane. */
-enum { GRAD_AHEAD = 4 };
-
-/* Of rows `lane` and `lane + 32` of a step: of the warpgroup's first columns, and its last 32. */
-struct wide_grad_scales {
-    int64_t at, other;                   /* elements of the weight, in row `lane` of the step that is loaded next */
-    struct scale4 raw[GRAD_AHEAD][2][2]; /* [step][first or last][row] */
-    int left, before; /* rows of the weight from that row on; and from the one of the oldest step on */
-};
-
 /* May a row's first and last 32 columns have different scales? */
 DEVICE bool wide_grad_halves(const struct bnb_cuda_gemm4_fast &p) { return p.shift == 5 || p.g.k % 64 != 0; }
 
-DEVICE void wide_grad_load(const struct bnb_cuda_gemm4_fast &p, struct wide_grad_scales *s, struct scale4 raw[2][2])
-{
-    if (s->left > 0) {
-        const int64_t more = s->left > 32 ? 32 * p.g.k : 0;
-        raw[0][0] = scale4_load(p, s->at);
-        raw[0][1] = scale4_load(p, s->at + more);
-        if (wide_grad_halves(p)) {
-            raw[1][0] = scale4_load(p, s->other);
-            raw[1][1] = scale4_load(p, s->other + more);
-        }
-    }
-    s->at += 64 * p.g.k, s->other += 64 * p.g.k;
-    s->left -= 64;
-}
+/* Where a lane's scales begin: of rows `lane` and `lane + 32` of a step, of its warpgroup's first columns, or, where these
+ * differ, of the first and last 32 in turn. */
+struct wide_grad_rows {
+    int64_t at, other; /* elements of the weight, in row `lane` of the step that is loaded next */
+    int left;          /* rows of the weight from that row on */
+    int each;          /* scales of a row and step, 1 or 2 */
+};
 
-/* Those of the oldest step into its slot, rows beyond the weight zero. */
-DEVICE void wide_grad_put(const struct bnb_cuda_gemm4_fast &p, const float *map2, float offset,
-                          struct wide_grad_scales *s, const struct scale4 raw[2][2], float *to)
+/* GRAD_AHEAD steps, or half as many of two scales, are loaded together while those before them are put into slots: loads one
+ * by one would be waited for one by one. */
+enum { GRAD_AHEAD = 4 };
+
+DEVICE void wide_grad_load(const struct bnb_cuda_gemm4_fast &p, struct wide_grad_rows *s,
+                           struct scale4 raw[GRAD_AHEAD][2])
 {
-    const int lane = (int)threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const bool there = s->before > i * 32;
-        to[lane + i * 32] = there ? scale4_value(p, raw[0][i], map2, offset) * p.shrink : 0.0f;
-        if (wide_grad_halves(p))
-            to[64 + lane + i * 32] = there ? scale4_value(p, raw[1][i], map2, offset) * p.shrink : 0.0f;
+    for (int u = 0; u < GRAD_AHEAD; u++) {
+        const bool last = s->each == 2 && u % 2 == 1;
+        const int64_t at = last ? s->other : s->at;
+        if (s->left > 0) {
+            raw[u][0] = scale4_load(p, at);
+            raw[u][1] = scale4_load(p, at + (s->left > 32 ? 32 * p.g.k : 0));
+        }
+        if (s->each == 1 || last)
+            s->at += 64 * p.g.k, s->other += 64 * p.g.k, s->left -= 64;
     }
-    s->before -= 64;
 }
 
 /* By a warp, for the 64 columns of warpgroup `group`. */
@@ -74,27 +62,34 @@ template <class S> DEVICE void wide_bring_scales(const struct bnb_cuda_gemm4_fas
     while (wide_next_of_warp<S>(p, &walk, &t)) {
         const int row = t.step * 64 + lane, column = t.column + group * 64;
         const int64_t start = (t.at.expert * p.g.n + row) * p.g.k;
-        struct wide_grad_scales s = {};
-        s.left = s.before = (int)p.g.n - row;
-        s.at = start + (column < end ? column : 0);
-        s.other = start + (column + 32 < end ? column + 32 : 0);
-#pragma unroll
-        for (int u = 0; u < GRAD_AHEAD; u++)
-            wide_grad_load(p, &s, s.raw[u]);
-        for (int i = 0; i < t.steps; i += GRAD_AHEAD) {
+        struct wide_grad_rows s = {start + (column < end ? column : 0), start + (column + 32 < end ? column + 32 : 0),
+                                   (int)p.g.n - row, wide_grad_halves(p) ? 2 : 1};
+        struct scale4 now[GRAD_AHEAD][2] = {}, next[GRAD_AHEAD][2] = {};
+        int left = s.left;
+        wide_grad_load(p, &s, now);
+        for (int i = 0; i < t.steps * s.each; i += GRAD_AHEAD) {
+            wide_grad_load(p, &s, next);
 #pragma unroll
             for (int u = 0; u < GRAD_AHEAD; u++) {
-                if (i + u >= t.steps)
+                const bool first = s.each == 1 || u % 2 == 0, last = s.each == 1 || u % 2 == 1;
+                if (i + u >= t.steps * s.each)
                     break;
-                barrier_wait(empty + line.at, line.parity ^ 1);
-                wide_grad_put(p, map2, offset, &s, s.raw[u],
-                              (float *)(memory + S::SCALES_AT + line.at * S::SCALES) + group * 128);
+                if (first)
+                    barrier_wait(empty + line.at, line.parity ^ 1);
+                float *to = (float *)(memory + S::SCALES_AT + line.at * S::SCALES) + group * 128 + !first * 64 + lane;
+                to[0] = left > 0 ? scale4_value(p, now[u][0], map2, offset) * p.shrink : 0.0f;
+                to[32] = left > 32 ? scale4_value(p, now[u][1], map2, offset) * p.shrink : 0.0f;
+                if (!last)
+                    continue;
+                left -= 64;
                 __syncwarp();
                 if (lane == 0)
                     barrier_arrive(full + line.at);
-                wide_grad_load(p, &s, s.raw[u]);
                 wide_advance<S::LINE>(&line, 1);
             }
+#pragma unroll
+            for (int u = 0; u < GRAD_AHEAD; u++)
+                now[u][0] = next[u][0], now[u][1] = next[u][1];
         }
     }
 }
