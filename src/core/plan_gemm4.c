@@ -19,7 +19,7 @@ static const struct few {
 /* Of kernels wide32, ... grad256: rows of activations in a tile, and the time of a step of 64 along the sum. */
 static const struct wide {
     int tokens, step_ns;
-} wide[] = {{32, 303}, {64, 361}, {128, 495}, {256, 765}, {128, 510}, {256, 800}};
+} wide[] = {{32, 275}, {64, 345}, {128, 520}, {256, 715}, {128, 560}, {256, 850}};
 
 /* The largest m of each kernel on cards with wgmma, and on others; where one cannot, the next that can.  What follows the
  * few is chosen by its time. */
@@ -36,7 +36,7 @@ static const struct limit {
 
 /* What a tile costs beside its steps, as steps.  Adding up the sums of splits: a launch, and memory that is written once
  * and read once. */
-enum { EDGE = 3, SUM_NS = 1800, SUM_BYTES_PER_NS = 4950, TOGETHER_NS = 1500, FEWEST_STEPS = 4, SPLITS_MOST = 16 };
+enum { EDGE = 3, SUM_NS = 1800, SUM_BYTES_PER_NS = 4950, FEWEST_STEPS = 4, SPLITS_MOST = 16 };
 
 /* Columns of a pair of blocks; the side of a tile of the tile kernel. */
 enum { PAIR = 256, TILE = 128 };
@@ -89,7 +89,7 @@ bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s
     if (s->grad || s->k % 64 != 0)
         return false;
     if (is_wide(kernel))
-        return kernel == BNB_GEMM4_KERNEL_WIDE256 || s->block > 32;
+        return kernel > BNB_GEMM4_KERNEL_WIDE64 || s->block > 32;
     const struct few *f = &few[kernel - BNB_GEMM4_KERNEL_FEW8];
     struct bnb_gemm4_plan least = {.bands = 1, .slices = 1, .depth = 2};
     return s->experts == 0 && s->m <= 8 * f->tokens && s->n * (s->k / 64) < UINT32_MAX && few_fits(f, s, card, &least);
@@ -154,16 +154,6 @@ static int64_t wide_tiles(int tokens, const struct bnb_gemm4_shape *s, int split
 
 static int64_t wide_steps(const struct bnb_gemm4_shape *s) { return bnb_blocks(s->grad ? s->n : s->k, 64); }
 
-/* Clusters of 2, 4, 6 and 8 blocks that find room at once on 132 multiprocessors.  One lies within a part of the card, of
- * which some have but 14. */
-static const int clusters_at_once[] = {66, 28, 16, 8};
-
-/* A cluster of all splits of a tile adds up their sums, where all clusters find room at once. */
-static bool wide_together(int tokens, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card, int splits)
-{
-    return splits > 1 && splits <= 4 && wide_tiles(tokens, s, 1) * 132 <= clusters_at_once[splits - 1] * card->sms;
-}
-
 /* So many splits, or fewer if some would be empty. */
 static int wide_splits(const struct bnb_gemm4_shape *s, int splits)
 {
@@ -176,8 +166,7 @@ static int64_t wide_time(const struct wide *w, const struct bnb_gemm4_shape *s, 
     const int64_t waves = bnb_blocks(wide_tiles(w->tokens, s, splits), card->sms / 2);
     const int64_t steps = bnb_blocks(wide_steps(s), splits) + EDGE;
     const int64_t sums = 8 * s->m * (s->grad ? s->k : s->n) * splits;
-    const int64_t adding = wide_together(w->tokens, s, card, splits) ? TOGETHER_NS : SUM_NS + sums / SUM_BYTES_PER_NS;
-    return waves * steps * w->step_ns + (splits > 1 ? adding : 0);
+    return waves * steps * w->step_ns + (splits > 1 ? SUM_NS + sums / SUM_BYTES_PER_NS : 0);
 }
 
 static struct bnb_gemm4_plan plan_wide(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
@@ -203,10 +192,8 @@ static struct bnb_gemm4_plan plan_wide(const struct bnb_gemm4_shape *s, const st
             }
         }
     }
-    const int tokens = bnb_gemm4_tokens(p.kernel);
-    const int64_t tiles = wide_tiles(tokens, s, p.splits);
+    const int64_t tiles = wide_tiles(bnb_gemm4_tokens(p.kernel), s, p.splits);
     p.steps = (int)bnb_blocks(steps, p.splits);
-    p.together = wide_together(tokens, s, card, p.splits);
     p.grid = 2 * (tiles < clusters ? tiles : clusters);
     return p;
 }

@@ -34,8 +34,8 @@ enum bnb_gemm4_kernel {
     BNB_GEMM4_KERNEL_FEW32,
     BNB_GEMM4_KERNEL_FEW64,
     BNB_GEMM4_KERNEL_WIDE32, /* from here to tile 9.0 alone */
-    BNB_GEMM4_KERNEL_WIDE64, /* up to here scales multiply sums */
-    BNB_GEMM4_KERNEL_WIDE128, /* up to here blocks of 32 are too short for wide ones */
+    BNB_GEMM4_KERNEL_WIDE64, /* up to here scales multiply sums, and blocks of 32 are too short for wide ones */
+    BNB_GEMM4_KERNEL_WIDE128,
     BNB_GEMM4_KERNEL_WIDE256,
     BNB_GEMM4_KERNEL_GRAD128,
     BNB_GEMM4_KERNEL_GRAD256,
@@ -65,7 +65,6 @@ struct bnb_gemm4_wish { int kernel, splits, bands, depth; };
 struct bnb_gemm4_plan {
     enum bnb_gemm4_kernel kernel;
     int bands, slices, splits, steps, depth, stage; /* as struct bnb_cuda_gemm4_fast has them */
-    bool together;                                  /* wide: the splits of a tile are one cluster */
     int rows, shared;                               /* few: of the weight, bytes of shared memory, of a block */
     int64_t grid;                                   /* blocks */
 };

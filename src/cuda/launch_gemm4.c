@@ -49,11 +49,11 @@ static struct bnb_cuda_kernel kernels[BNB_GEMM4_KERNELS][3] = {
     [BNB_GEMM4_KERNEL_WIDE64] =
         HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide64", WIDE_WAYS_THREADS, WIDE_SHARED(64, 8, 8, 4096, 64)),
     [BNB_GEMM4_KERNEL_WIDE128] =
-        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide128", WIDE_WAYS_THREADS, WIDE_SHARED(128, 6, 8, 4096, 64)),
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide128", WIDE_THREADS, WIDE_SHARED(128, 6, 8, 4096, 64)),
     [BNB_GEMM4_KERNEL_WIDE256] =
         HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide256", WIDE_THREADS, WIDE_SHARED(256, 4, 6, 4096, 32)),
     [BNB_GEMM4_KERNEL_GRAD128] =
-        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad128", WIDE_WAYS_THREADS, WIDE_SHARED(128, 6, 8, 5120, 64)),
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad128", WIDE_THREADS, WIDE_SHARED(128, 6, 8, 5120, 32)),
     [BNB_GEMM4_KERNEL_GRAD256] =
         HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad256", WIDE_THREADS, WIDE_SHARED(256, 4, 5, 5120, 32)),
     [BNB_GEMM4_KERNEL_TILE] = HALVES("gemm4_tile", 80, "bnb_k_gemm4_tile", TILE_THREADS, TILE_SHARED)};
@@ -131,7 +131,6 @@ static struct bnb_cuda_gemm4_fast fast_of(const struct bnb_gemm4_block *g, const
                                     .experts = g->first ? (int)g->experts : 1,
                                     .splits = plan->splits,
                                     .steps = plan->steps,
-                                    .together = plan->together,
                                     .bands = plan->bands,
                                     .slices = plan->slices,
                                     .depth = plan->depth,
@@ -195,7 +194,7 @@ static bnb_status launch_wide(const struct bnb_cuda_call *c, const struct bnb_ge
     bnb_status status = make_map(c, &p->x, &x);
     if (!status)
         status = make_map(c, &p->codes, &codes);
-    const struct bnb_cuda_manner manner = {.cluster = plan->together ? 2 * plan->splits : 2, .early = true};
+    const struct bnb_cuda_manner manner = {.cluster = 2, .early = true};
     return status ? status : bnb_cuda_launch_as(c, kernel, plan->grid, manner, p);
 }
 
@@ -240,8 +239,7 @@ static bnb_status launch_fast(const struct bnb_cuda_call *c, const struct bnb_ge
     struct bnb_cuda_gemm4_wide p = {.fast = fast_of(g, plan, dtype)};
     struct bnb_cuda_kernel *kernel = &kernels[plan->kernel][dtype];
     const int64_t outer = g->grad ? g->k : g->n;
-    const bool apart = plan->splits > 1 && !plan->together;
-    const size_t bytes = apart ? (size_t)(plan->splits * g->m * outer) * sizeof(float) : 0;
+    const size_t bytes = plan->splits > 1 ? (size_t)(plan->splits * g->m * outer) * sizeof(float) : 0;
     bnb_status status = BNB_OK;
     void *memory = NULL;
     if (bytes > 0)

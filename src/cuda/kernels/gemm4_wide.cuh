@@ -2,14 +2,13 @@
  * gemm4_wide.cuh - a 4-bit weight times many rows of activations on 9.0: wgmma with weights decoded in registers
  *
  * Both ways: x W^T and, for the gradient, x W.  Columns of the result are rows of the operand A, out is transposed.  A
- * pair of blocks makes 256 columns by TOKENS rows; each block has 128 columns, its two warpgroups 64 each.  A cluster is a
- * pair, or the pairs of all splits of a tile, which then add up what each has: gemm4_wide_together.cuh.
+ * cluster of two blocks makes 256 columns by TOKENS rows; each block has 128 columns, its two warpgroups 64 each.
  *
- * Activations and codes come by tensor copies, in rings of steps of 64 along the sum; each block of a pair brings half of
- * the activations, to both.  Codes have a ring of their own, for they are needed a step before the activations: in one ring
+ * Activations and codes come by tensor copies, in rings of steps of 64 along the sum; each block brings half of the
+ * activations, to both.  Codes have a ring of their own, for they are needed a step before the activations: in one ring
  * with them a slot would be held too long for those under way to cover the latency of memory.
  *
- * Up to 128 tokens, two pairs of warpgroups take steps in turn, and add up in the end: four warps of a scheduler cover each
+ * Up to 64 tokens, two pairs of warpgroups take steps in turn, and add up in the end: four warps of a scheduler cover each
  * other's latencies, two do not.
  *
  * full: the copies of a slot have landed.  empty: all warps that read the slot are done with it, of both blocks where it
@@ -34,7 +33,7 @@ template <int COUNT, int HOW> struct wide_shape {
         TOKENS = COUNT,
         MODE = HOW,
         GRAD = HOW == WIDE_GRAD,
-        WAYS = COUNT < 256 ? 2 : 1,
+        WAYS = COUNT < 128 ? 2 : 1,
         SHORT = HOW == WIDE_WEIGHTS && WAYS == 1, /* blocks may be of 32; registers are too few elsewhere */
         WORKERS = WAYS * 256, /* threads that multiply; those that bring come after them */
         THREADS = WORKERS + 128,
@@ -75,25 +74,20 @@ struct wide_tile {
 template <class S> DEVICE int wide_inner(const struct bnb_cuda_gemm4_fast &p) { return (int)(S::GRAD ? p.g.n : p.g.k); }
 template <class S> DEVICE int wide_outer(const struct bnb_cuda_gemm4_fast &p) { return (int)(S::GRAD ? p.g.k : p.g.n); }
 
-/* Blocks of a cluster. */
-DEVICE int wide_peers(const struct bnb_cuda_gemm4_fast &p) { return p.together ? 2 * p.splits : 2; }
-
-DEVICE struct walk<int> wide_start(const struct bnb_cuda_gemm4_fast &p)
+DEVICE struct walk<int> wide_start()
 {
-    struct walk<int> w = {(int)blockIdx.x / wide_peers(p), 0, 0};
+    struct walk<int> w = {(int)blockIdx.x / 2, 0, 0};
     return w;
 }
 
 /* This cluster's next tile; false after its last. */
 template <class S> DEVICE bool wide_next(const struct bnb_cuda_gemm4_fast &p, struct walk<int> *w, struct wide_tile *t)
 {
-    const struct walk_work work = {p.first, p.g.m, p.experts, p.together ? 1 : p.splits};
-    if (!walk_next(work, S::TOKENS, (wide_outer<S>(p) + 255) / 256, (int)gridDim.x / wide_peers(p), w, &t->at))
+    const struct walk_work work = {p.first, p.g.m, p.experts, p.splits};
+    if (!walk_next(work, S::TOKENS, (wide_outer<S>(p) + 255) / 256, (int)gridDim.x / 2, w, &t->at))
         return false;
-    if (p.together)
-        t->at.split = (int)cluster_rank() / 2;
     const int left = (wide_inner<S>(p) + 63) / 64 - t->at.split * p.steps;
-    t->column = t->at.column * 256 + (int)cluster_rank() % 2 * 128;
+    t->column = t->at.column * 256 + (int)cluster_rank() * 128;
     t->step = t->at.split * p.steps;
     t->steps = left < p.steps ? left : p.steps;
     return true;
@@ -138,17 +132,17 @@ template <class S> DEVICE uint64_t *wide_codes_empty(unsigned char *memory)
 
 template <class S> DEVICE void wide_bring(const struct bnb_cuda_gemm4_wide &p, unsigned char *memory)
 {
-    struct walk<int> walk = wide_start(p.fast);
+    struct walk<int> walk = wide_start();
     struct wide_tile t;
     struct wide_place x = {};
-    const int half = S::TOKENS / 2, rank = (int)cluster_rank() % 2, pair = 3 << (int)cluster_rank() / 2 * 2;
+    const int half = S::TOKENS / 2, rank = (int)cluster_rank();
     uint64_t *full = wide_full<S>(memory), *empty = wide_empty<S>(memory);
     while (wide_next<S>(p.fast, &walk, &t)) {
         for (int i = 0; i < t.steps; i++) {
             barrier_wait(empty + x.at, x.parity ^ 1);
             barrier_expect(full + x.at, S::X_BYTES);
             copy_box_to(memory + S::X_AT + x.at * S::X_BYTES + rank * (S::X_BYTES / 2), &p.x, (t.step + i) * 64,
-                        t.at.token + rank * half, full + x.at, pair);
+                        t.at.token + rank * half, full + x.at, 3);
             wide_advance<S::RING>(&x, 1);
         }
     }
@@ -160,7 +154,7 @@ template <class S> DEVICE void wide_bring(const struct bnb_cuda_gemm4_wide &p, u
 
 template <class S> DEVICE void wide_bring_codes(const struct bnb_cuda_gemm4_wide &p, unsigned char *memory)
 {
-    struct walk<int> walk = wide_start(p.fast);
+    struct walk<int> walk = wide_start();
     struct wide_tile t;
     struct wide_place line = {};
     uint64_t *full = wide_codes_full<S>(memory), *empty = wide_codes_empty<S>(memory);
@@ -183,7 +177,6 @@ struct wide_thread {
     unsigned char *memory;
     float offset;                /* of nested scales */
     int way, group, warp, lane;  /* which steps; which of its two warpgroups; which of its four warps */
-    unsigned peer;               /* of lanes 0 and 1: a block of the pair */
     int first, second; /* its two columns among the 128 of the block: rows g and g + 8 of its warp's operand */
     unsigned at, selector; /* of this lane: its byte of the table's addresses; what picks its bytes of codes */
     int grad_codes, grad_scales; /* GRAD: where in a slot this lane's begin */
@@ -195,7 +188,7 @@ struct wide_thread {
 template <class S> DEVICE void wide_release(const struct wide_thread &w)
 {
     if (w.lane < 2)
-        barrier_arrive_at(wide_empty<S>(w.memory) + w.last_x, w.peer);
+        barrier_arrive_at(wide_empty<S>(w.memory) + w.last_x, (unsigned)w.lane);
 }
 
 /* The codes of the step before have been read. */
@@ -206,8 +199,8 @@ template <class S> DEVICE void wide_release_codes(const struct wide_thread &w)
         barrier_arrive(wide_codes_empty<S>(w.memory) + w.last_line);
 }
 
-/* Numbers of barriers: from 1, of a warpgroup that stores; from 3, of both ways of a group; of all that have results. */
-enum { WIDE_STORE = 1, WIDE_WAYS = 3, WIDE_ALL = 5 };
+/* Numbers of barriers: from 1, of a warpgroup that stores; from 3, of both ways of a group. */
+enum { WIDE_STORE = 1, WIDE_WAYS = 3 };
 
 /* ---------------------------------------------------------------- results */
 

@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(640, 1)
     WIDE_BODY(64, WIDE_SUMS);
 }
 
-extern "C" __global__ void __launch_bounds__(640, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
     NAME(bnb_k_gemm4_wide128)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     WIDE_BODY(128, WIDE_WEIGHTS);
@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 }
 
 /* out [m, k] = x [m, n] W */
-extern "C" __global__ void __launch_bounds__(640, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
     NAME(bnb_k_gemm4_wide_grad128)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     WIDE_BODY(128, WIDE_GRAD);

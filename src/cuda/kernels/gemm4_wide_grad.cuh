@@ -52,7 +52,7 @@ DEVICE void wide_grad_load(const struct bnb_cuda_gemm4_fast &p, struct wide_grad
 /* By a warp, for the 64 columns of warpgroup `group`. */
 template <class S> DEVICE void wide_bring_scales(const struct bnb_cuda_gemm4_fast &p, int group, unsigned char *memory)
 {
-    struct walk<int> walk = wide_start(p);
+    struct walk<int> walk = wide_start();
     struct wide_tile t;
     const int lane = (int)threadIdx.x % 32, end = (int)p.g.k;
     const float *map2 = (const float *)(memory + S::MAP2_AT);

@@ -5,7 +5,6 @@
 #define BNB_CUDA_GEMM4_WIDE_KERNEL_CUH
 
 #include "cuda/kernels/gemm4_wide_steps.cuh"
-#include "cuda/kernels/gemm4_wide_together.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -20,7 +19,6 @@ DEVICE struct wide_thread wide_thread_of(const struct bnb_cuda_gemm4_fast &p, in
     w.first = w.group * 64 + (S::GRAD ? w.warp / 2 * 32 + g * 4 + w.warp % 2 * 2 : w.warp * 16 + g);
     w.second = w.first + (S::GRAD ? 1 : 8);
     w.x.at = w.line.at = w.way;
-    w.peer = (cluster_rank() & ~1u) + (unsigned)w.lane;
     w.at = (unsigned)w.lane * 4;
     w.selector = !S::GRAD ? pair_selector(w.lane % 4) : w.warp % 2 ? 0x7531u : 0x6420u;
     w.grad_codes = w.lane * 64 + ((w.group * 2 + w.warp / 2) ^ w.lane / 2 % 4) * 16;
@@ -76,15 +74,10 @@ DEVICE void wide_store_tile(const struct bnb_cuda_gemm4_wide &p, const struct wi
 {
     if constexpr (S::WAYS == 2) {
         wide_meet_ways<S>(w, sums);
-        if (w.way == 1) {
-            if (p.fast.together)
-                cluster_barrier(); /* as in wide_store_together */
+        if (w.way == 1)
             return;
-        }
     }
-    if (p.fast.together)
-        wide_store_together<T, S>(p.fast, t, w, sums);
-    else if (p.fast.partial)
+    if (p.fast.partial)
         wide_store_split<S>(p.fast, t, w, sums);
     else
         wide_store<T, S>(p, t, w, sums);
@@ -93,7 +86,7 @@ DEVICE void wide_store_tile(const struct bnb_cuda_gemm4_wide &p, const struct wi
 template <typename T, class S>
 DEVICE void wide_multiply_forward(const struct bnb_cuda_gemm4_wide &p, struct wide_thread &w)
 {
-    struct walk<int> walk = wide_start(p.fast);
+    struct walk<int> walk = wide_start();
     struct wide_tile t, next;
     struct wide_forward d = {};
     bool there = wide_next_of_way<S>(p.fast, w, &walk, &next);
@@ -117,7 +110,7 @@ DEVICE void wide_multiply_forward(const struct bnb_cuda_gemm4_wide &p, struct wi
 template <typename T, class S>
 DEVICE void wide_multiply_grad(const struct bnb_cuda_gemm4_wide &p, struct wide_thread &w)
 {
-    struct walk<int> walk = wide_start(p.fast);
+    struct walk<int> walk = wide_start();
     struct wide_tile t;
     struct wide_grad d = {};
     while (wide_next_of_way<S>(p.fast, w, &walk, &t)) {
@@ -157,7 +150,7 @@ template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_ge
     wait_for_launch_before();
     map2_fill(p.fast, (float *)(memory + S::MAP2_AT), threadIdx.x, S::THREADS);
     __syncthreads();
-    cluster_meet();
+    cluster_barrier();
     if (warp >= S::WORKERS / 32) {
         const int bringer = warp - S::WORKERS / 32, lane = (int)threadIdx.x % 32;
         registers_down_to<S::BRINGER_REGISTERS>();
@@ -169,8 +162,6 @@ template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_ge
             if (bringer >= 2)
                 wide_bring_scales<S>(p.fast, bringer - 2, memory);
         __syncwarp();
-        if (p.fast.together)
-            cluster_barrier(); /* as in wide_store_together */
     } else {
         registers_to<S::WORKER_REGISTERS>();
         struct wide_thread w = wide_thread_of<S>(p.fast, warp, memory);
@@ -179,7 +170,7 @@ template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_ge
         else
             wide_multiply_forward<T, S>(p, w);
     }
-    cluster_meet();
+    cluster_barrier();
 }
 
 #endif

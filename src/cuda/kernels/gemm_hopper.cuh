@@ -19,14 +19,8 @@ DEVICE unsigned cluster_rank()
     return rank;
 }
 
-/* All threads of all peers meet. */
+/* All threads of all peers meet.  Nobody has written what others read: no wait for all memory of the card. */
 DEVICE void cluster_barrier()
-{
-    asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-/* The same where nobody has written what others read: without the wait for all memory of the card. */
-DEVICE void cluster_meet()
 {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -49,18 +43,6 @@ DEVICE void barrier_arrive_at(uint64_t *barrier, unsigned rank)
                  "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
                  "r"(rank)
                  : "memory");
-}
-
-/* Four numbers of shared memory of the peer of that rank, at the address that they would have here. */
-DEVICE float4 peer_values(const float *p, unsigned rank)
-{
-    float4 v;
-    asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %4, %5;\n\t"
-                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n\t}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(shared_address(p)), "r"(rank)
-                 : "memory");
-    return v;
 }
 
 /* ---------------------------------------------------------------- tensor copies */

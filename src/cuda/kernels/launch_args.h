@@ -160,8 +160,7 @@ struct bnb_cuda_gemm4 {
  * 1 / gain.  shift2: of block2, a power of two.  store: out can be written in wide accesses.
  *   first    [experts + 1]: the weight is [experts, n, k], and rows first[e] to first[e + 1] of x and out are expert e's;
  *            NULL: one weight, and all m rows
- *   partial  [splits][m][n]: sums of the splits of K, added by another kernel; NULL without
- *   together the splits of a tile are one cluster, which adds up their sums
+ *   partial  [splits][m][n]: sums of the splits of K, added by another kernel; NULL without splits
  *   steps    along K, of each split
  *   few      a block of threads multiplies `bands` bands of rows of the weight; a band's K lies with `slices` warps in
  *            turn.  depth: steps under way, of `stage` bytes each
@@ -171,7 +170,7 @@ struct bnb_cuda_gemm4_fast {
     const int64_t *first;
     float *partial;
     float values[16], shrink;
-    int shift, shift2, experts, splits, steps, store, together;
+    int shift, shift2, experts, splits, steps, store;
     int bands, slices, depth, stage;
 };
 
