@@ -19,7 +19,7 @@ static const struct few {
 /* Of kernels wide32, ... grad256: rows of activations in a tile, and the time of a step of 64 along the sum. */
 static const struct wide {
     int tokens, step_ns;
-} wide[] = {{32, 303}, {64, 361}, {128, 495}, {256, 765}, {128, 510}, {256, 800}};
+} wide[] = {{32, 275}, {64, 345}, {128, 520}, {256, 715}, {128, 560}, {256, 850}};
 
 /* The largest m of each kernel on cards with wgmma, and on others; where one cannot, the next that can.  What follows the
  * few is chosen by its time. */
@@ -36,7 +36,10 @@ static const struct limit {
 
 /* What a tile costs beside its steps, as steps.  Adding up the sums of splits: a launch, and memory that is written once
  * and read once. */
-enum { EDGE = 3, SUM_NS = 1800, SUM_BYTES_PER_NS = 4950, FEWEST_STEPS = 4, SPLITS_MOST = 16, PAIR = 256, TILE = 128 };
+enum { EDGE = 3, SUM_NS = 1800, SUM_BYTES_PER_NS = 4950, FEWEST_STEPS = 4, SPLITS_MOST = 16 };
+
+/* Columns of a pair of blocks; the side of a tile of the tile kernel. */
+enum { PAIR = 256, TILE = 128 };
 
 /* Rows of the weight that the copy engine takes at a time. */
 enum { BOX = 256 };
@@ -151,6 +154,12 @@ static int64_t wide_tiles(int tokens, const struct bnb_gemm4_shape *s, int split
 
 static int64_t wide_steps(const struct bnb_gemm4_shape *s) { return bnb_blocks(s->grad ? s->n : s->k, 64); }
 
+/* So many splits, or fewer if some would be empty. */
+static int wide_splits(const struct bnb_gemm4_shape *s, int splits)
+{
+    return (int)bnb_blocks(wide_steps(s), bnb_blocks(wide_steps(s), splits));
+}
+
 static int64_t wide_time(const struct wide *w, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
                          int splits)
 {
@@ -175,17 +184,16 @@ static struct bnb_gemm4_plan plan_wide(const struct bnb_gemm4_shape *s, const st
         for (int splits = 1; splits <= SPLITS_MOST; splits++) {
             if (wanted > 0 ? splits != wanted : splits > 1 && (s->experts > 0 || steps / splits < FEWEST_STEPS))
                 continue;
-            const int64_t time = wide_time(w, s, card, splits);
+            const int64_t time = wide_time(w, s, card, wide_splits(s, splits));
             if (time < best) {
                 best = time;
                 p.kernel = (enum bnb_gemm4_kernel)i;
-                p.splits = splits;
+                p.splits = wide_splits(s, splits);
             }
         }
     }
-    p.steps = (int)bnb_blocks(steps, p.splits);
-    p.splits = (int)bnb_blocks(steps, p.steps);
     const int64_t tiles = wide_tiles(bnb_gemm4_tokens(p.kernel), s, p.splits);
+    p.steps = (int)bnb_blocks(steps, p.splits);
     p.grid = 2 * (tiles < clusters ? tiles : clusters);
     return p;
 }

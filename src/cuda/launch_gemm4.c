@@ -13,9 +13,11 @@
 /* Of the plain kernels: threads of a block, rows of the weight that one takes at a time, the side of a tile, few rows. */
 enum { THREADS = 256, WARPS = 8, TILE = 64, FEW = 8 };
 
-/* Of the wide kernels: threads, and shared memory as gemm4_wide.cuh lays it out. */
-enum { WIDE_THREADS = 384, WIDE_FIXED = 65536 + 2 * 8192 + 1024 + 128, WIDE_CODES = 4096 };
-#define WIDE_SHARED(tokens, ring) (WIDE_FIXED + (ring) * ((tokens) * 128 + WIDE_CODES))
+/* Of the wide kernels: threads, and shared memory as struct wide_shape lays it out.  ring, line: slots of activations and
+ * of codes, of `step` bytes with their scales; piece: tokens that are stored at a time. */
+enum { WIDE_THREADS = 384, WIDE_WAYS_THREADS = 640, WIDE_FIXED = 65536 + 1024 };
+#define WIDE_SHARED(tokens, ring, line, step, piece) \
+    (WIDE_FIXED + (ring) * ((tokens) * 128 + 16) + (line) * ((step) + 16) + 2 * (piece) * 128)
 
 /* As gemm4_tile.cuh lays it out. */
 enum { TILE_THREADS = 256, TILE_SHARED = 8192 + 1024 + 128 + 4 * 128 * 64 * 2 + 2 * 128 * 64 / 2 };
@@ -42,14 +44,18 @@ static struct bnb_cuda_kernel kernels[BNB_GEMM4_KERNELS][3] = {
     [BNB_GEMM4_KERNEL_FEW16] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few16", 512, BNB_CUDA_ALL_SHARED),
     [BNB_GEMM4_KERNEL_FEW32] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few32", 384, BNB_CUDA_ALL_SHARED),
     [BNB_GEMM4_KERNEL_FEW64] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few64", 256, BNB_CUDA_ALL_SHARED),
-    [BNB_GEMM4_KERNEL_WIDE32] = HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide32", WIDE_THREADS, WIDE_SHARED(32, 8)),
-    [BNB_GEMM4_KERNEL_WIDE64] = HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide64", WIDE_THREADS, WIDE_SHARED(64, 8)),
-    [BNB_GEMM4_KERNEL_WIDE128] = HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide128", WIDE_THREADS, WIDE_SHARED(128, 6)),
-    [BNB_GEMM4_KERNEL_WIDE256] = HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide256", WIDE_THREADS, WIDE_SHARED(256, 4)),
+    [BNB_GEMM4_KERNEL_WIDE32] =
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide32", WIDE_WAYS_THREADS, WIDE_SHARED(32, 8, 8, 4096, 64)),
+    [BNB_GEMM4_KERNEL_WIDE64] =
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide64", WIDE_WAYS_THREADS, WIDE_SHARED(64, 8, 8, 4096, 64)),
+    [BNB_GEMM4_KERNEL_WIDE128] =
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide128", WIDE_THREADS, WIDE_SHARED(128, 6, 8, 4096, 64)),
+    [BNB_GEMM4_KERNEL_WIDE256] =
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide256", WIDE_THREADS, WIDE_SHARED(256, 4, 6, 4096, 32)),
     [BNB_GEMM4_KERNEL_GRAD128] =
-        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad128", WIDE_THREADS, WIDE_SHARED(128, 6)),
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad128", WIDE_THREADS, WIDE_SHARED(128, 6, 8, 5120, 32)),
     [BNB_GEMM4_KERNEL_GRAD256] =
-        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad256", WIDE_THREADS, WIDE_SHARED(256, 4)),
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad256", WIDE_THREADS, WIDE_SHARED(256, 4, 5, 5120, 32)),
     [BNB_GEMM4_KERNEL_TILE] = HALVES("gemm4_tile", 80, "bnb_k_gemm4_tile", TILE_THREADS, TILE_SHARED)};
 static struct bnb_cuda_kernel tile_grad[3] =
     HALVES("gemm4_tile", 80, "bnb_k_gemm4_tile_grad", TILE_THREADS, TILE_SHARED);
@@ -191,7 +197,8 @@ static bnb_status launch_wide(const struct bnb_cuda_call *c, const struct bnb_ge
     bnb_status status = make_map(c, &p->x, &x);
     if (!status)
         status = make_map(c, &p->codes, &codes);
-    return status ? status : bnb_cuda_launch_as(c, kernel, plan->grid, (struct bnb_cuda_manner){.early = true}, p);
+    const struct bnb_cuda_manner manner = {.cluster = 2, .early = true};
+    return status ? status : bnb_cuda_launch_as(c, kernel, plan->grid, manner, p);
 }
 
 /* On 9.0 the copy engine brings runs of codes, and of activations all of a step: for each 64 of K, all rows. */

@@ -2,12 +2,18 @@
  * gemm4_wide.cuh - a 4-bit weight times many rows of activations on 9.0: wgmma with weights decoded in registers
  *
  * Both ways: x W^T and, for the gradient, x W.  Columns of the result are rows of the operand A, out is transposed.  A
- * cluster of two blocks makes 256 columns by TOKENS rows; each block has 128 columns, its two warpgroups 64 each.  One
- * thread brings codes and activations by tensor copies, RING steps of 64 along the sum ahead; each block brings half of
- * the activations, to both.
+ * cluster of two blocks makes 256 columns by TOKENS rows; each block has 128 columns, its two warpgroups 64 each.
  *
- * full[s]: the copies of slot s have landed.  empty[s]: all warps of both blocks are done with slot s.  Both ends walk
- * over the same tiles and steps, so that slots and phases agree; peers leave together, for they signal each other.
+ * Activations and codes come by tensor copies, in rings of steps of 64 along the sum; each block brings half of the
+ * activations, to both.  Codes have a ring of their own, for they are needed a step before the activations: in one ring
+ * with them a slot would be held too long for those under way to cover the latency of memory.
+ *
+ * Up to 64 tokens, two pairs of warpgroups take steps in turn, and add up in the end: four warps of a scheduler cover each
+ * other's latencies, two do not.
+ *
+ * full: the copies of a slot have landed.  empty: all warps that read the slot are done with it, of both blocks where it
+ * holds activations.  All walk over the same tiles and steps, so that slots and phases agree; peers leave together, for
+ * they signal each other.
  */
 #ifndef BNB_CUDA_GEMM4_WIDE_CUH
 #define BNB_CUDA_GEMM4_WIDE_CUH
@@ -27,23 +33,32 @@ template <int COUNT, int HOW> struct wide_shape {
         TOKENS = COUNT,
         MODE = HOW,
         GRAD = HOW == WIDE_GRAD,
+        WAYS = COUNT < 128 ? 2 : 1,
+        SHORT = HOW == WIDE_WEIGHTS && WAYS == 1, /* blocks may be of 32; registers are too few elsewhere */
+        WORKERS = WAYS * 256, /* threads that multiply; those that bring come after them */
+        THREADS = WORKERS + 128,
+        WORKER_REGISTERS = WAYS == 1 ? 216 : 112,
+        BRINGER_REGISTERS = WAYS == 1 ? 72 : 32,
         SUMS = COUNT / 2, /* of a thread */
-        PIECE = GRAD ? 32
-        : COUNT < 64 ? COUNT
-                     : 64, /* tokens that are stored at a time */
+        PIECE = GRAD || COUNT == 256 ? 32
+        : COUNT < 64                 ? COUNT
+                                     : 64, /* tokens that are stored at a time */
         X_BYTES = COUNT * 128,
         CODES = 4096,
+        SCALES = GRAD ? 1024 : 0, /* [warpgroup][32 columns][row] of a step */
         RING = COUNT == 256 ? 4
         : COUNT == 128      ? 6
                             : 8,
+        LINE = COUNT < 256 ? 8
+        : GRAD             ? 5
+                           : 6, /* slots for codes */
+        STAGING = WAYS == 2 ? 8192 : PIECE * 128, /* a piece of 64 columns; 16 sums of each thread of a warpgroup */
         X_AT = PAIRS,
         CODES_AT = X_AT + RING * X_BYTES,
-        STAGING_AT = CODES_AT + RING * CODES,
-        STAGING = PIECE * 128, /* a piece, and 64 columns, for each warpgroup */
-        SCALES_AT = STAGING_AT + 2 * STAGING,
-        SCALES = 1024, /* GRAD: [warpgroup][32 columns][row] of a step */
-        MAP2_AT = STAGING_AT + 2 * 8192,
-        BARRIERS_AT = MAP2_AT + 1024
+        SCALES_AT = CODES_AT + LINE * CODES,
+        STAGING_AT = SCALES_AT + LINE * SCALES,
+        MAP2_AT = STAGING_AT + 2 * STAGING,
+        BARRIERS_AT = MAP2_AT + 1024 /* full and empty of the ring, then of the line */
     };
 };
 
@@ -52,7 +67,8 @@ template <int COUNT, int HOW> struct wide_shape {
 struct wide_tile {
     struct walk_tile<int> at;
     int column;      /* of the expert's result, this block's first */
-    int step, steps; /* of 64 along the sum */
+    int step, steps; /* of 64 along the sum; of one way, where two take them in turn */
+    int all;         /* steps of both */
 };
 
 template <class S> DEVICE int wide_inner(const struct bnb_cuda_gemm4_fast &p) { return (int)(S::GRAD ? p.g.n : p.g.k); }
@@ -90,26 +106,67 @@ DEVICE bool wide_next_of_warp(const struct bnb_cuda_gemm4_fast &p, struct walk<i
 
 /* ---------------------------------------------------------------- copies */
 
-template <class S>
-DEVICE void wide_bring(const struct bnb_cuda_gemm4_wide &p, unsigned char *memory, uint64_t *full, uint64_t *empty)
+/* A slot of a ring, and the parity of the phase in which it becomes full. */
+struct wide_place {
+    int at;
+    unsigned parity;
+};
+
+/* By `count` slots, which may be -1. */
+template <int LENGTH> DEVICE void wide_advance(struct wide_place *p, int count)
+{
+    p->at += count;
+    if (p->at >= LENGTH)
+        p->at -= LENGTH, p->parity ^= 1;
+    if (count < 0 && p->at < 0)
+        p->at += LENGTH, p->parity ^= 1;
+}
+
+template <class S> DEVICE uint64_t *wide_full(unsigned char *memory) { return (uint64_t *)(memory + S::BARRIERS_AT); }
+template <class S> DEVICE uint64_t *wide_empty(unsigned char *memory) { return wide_full<S>(memory) + S::RING; }
+template <class S> DEVICE uint64_t *wide_codes_full(unsigned char *memory) { return wide_empty<S>(memory) + S::RING; }
+template <class S> DEVICE uint64_t *wide_codes_empty(unsigned char *memory)
+{
+    return wide_codes_full<S>(memory) + S::LINE;
+}
+
+template <class S> DEVICE void wide_bring(const struct bnb_cuda_gemm4_wide &p, unsigned char *memory)
 {
     struct walk<int> walk = wide_start();
     struct wide_tile t;
+    struct wide_place x = {};
     const int half = S::TOKENS / 2, rank = (int)cluster_rank();
-    int slot = 0;
-    unsigned parity = 1;
+    uint64_t *full = wide_full<S>(memory), *empty = wide_empty<S>(memory);
+    while (wide_next<S>(p.fast, &walk, &t)) {
+        for (int i = 0; i < t.steps; i++) {
+            barrier_wait(empty + x.at, x.parity ^ 1);
+            barrier_expect(full + x.at, S::X_BYTES);
+            copy_box_to(memory + S::X_AT + x.at * S::X_BYTES + rank * (S::X_BYTES / 2), &p.x, (t.step + i) * 64,
+                        t.at.token + rank * half, full + x.at, 3);
+            wide_advance<S::RING>(&x, 1);
+        }
+    }
+    for (int i = 0; i < S::RING; i++) { /* until nobody signals this block any more */
+        barrier_wait(empty + x.at, x.parity ^ 1);
+        wide_advance<S::RING>(&x, 1);
+    }
+}
+
+template <class S> DEVICE void wide_bring_codes(const struct bnb_cuda_gemm4_wide &p, unsigned char *memory)
+{
+    struct walk<int> walk = wide_start();
+    struct wide_tile t;
+    struct wide_place line = {};
+    uint64_t *full = wide_codes_full<S>(memory), *empty = wide_codes_empty<S>(memory);
     while (wide_next<S>(p.fast, &walk, &t)) {
         const int base = t.at.expert * (int)p.fast.g.n;
         for (int i = 0; i < t.steps; i++) {
             const int l = (t.step + i) * 64;
-            barrier_wait(empty + slot, parity);
-            barrier_expect(full + slot, S::X_BYTES + S::CODES);
-            copy_box(memory + S::CODES_AT + slot * S::CODES, &p.codes, (S::GRAD ? t.column : l) / 2,
-                     base + (S::GRAD ? l : t.column), full + slot);
-            copy_box_to(memory + S::X_AT + slot * S::X_BYTES + rank * (S::X_BYTES / 2), &p.x, l,
-                        t.at.token + rank * half, full + slot, 3);
-            if (++slot == S::RING)
-                slot = 0, parity ^= 1;
+            barrier_wait(empty + line.at, line.parity ^ 1);
+            barrier_expect(full + line.at, S::CODES);
+            copy_box(memory + S::CODES_AT + line.at * S::CODES, &p.codes, (S::GRAD ? t.column : l) / 2,
+                     base + (S::GRAD ? l : t.column), full + line.at);
+            wide_advance<S::LINE>(&line, 1);
         }
     }
 }
@@ -118,29 +175,32 @@ DEVICE void wide_bring(const struct bnb_cuda_gemm4_wide &p, unsigned char *memor
 
 struct wide_thread {
     unsigned char *memory;
-    uint64_t *full, *empty;
-    float offset;             /* of nested scales */
-    int group, warp, lane;    /* of the two warpgroups; of its four warps */
-    int first, second;        /* its two columns among the 128 of the block: rows g and g + 8 of its warp's operand */
-    unsigned at, selector;    /* of this lane: its byte of the table's addresses; what picks its bytes of codes */
+    float offset;                /* of nested scales */
+    int way, group, warp, lane;  /* which steps; which of its two warpgroups; which of its four warps */
+    int first, second; /* its two columns among the 128 of the block: rows g and g + 8 of its warp's operand */
+    unsigned at, selector; /* of this lane: its byte of the table's addresses; what picks its bytes of codes */
     int grad_codes, grad_scales; /* GRAD: where in a slot this lane's begin */
-    int slot;                 /* of the step that is decoded */
-    unsigned parity;
-    int now, previous;        /* slots of the step that is multiplied, and of the one before it */
+    struct wide_place x, line; /* of the step that is multiplied; of the step that is decoded */
+    int last_x, last_line; /* slots of the steps before these */
 };
 
-/* On to the slot of the next step. */
-DEVICE void wide_turn(struct wide_thread *w, int ring)
-{
-    if (++w->slot == ring)
-        w->slot = 0, w->parity ^= 1;
-}
-
+/* The activations of the step before have been multiplied. */
 template <class S> DEVICE void wide_release(const struct wide_thread &w)
 {
     if (w.lane < 2)
-        barrier_arrive_at(w.empty + w.previous, (unsigned)w.lane);
+        barrier_arrive_at(wide_empty<S>(w.memory) + w.last_x, (unsigned)w.lane);
 }
+
+/* The codes of the step before have been read. */
+template <class S> DEVICE void wide_release_codes(const struct wide_thread &w)
+{
+    __syncwarp();
+    if (w.lane == 0)
+        barrier_arrive(wide_codes_empty<S>(w.memory) + w.last_line);
+}
+
+/* Numbers of barriers: from 1, of a warpgroup that stores; from 3, of both ways of a group. */
+enum { WIDE_STORE = 1, WIDE_WAYS = 3 };
 
 /* ---------------------------------------------------------------- results */
 
@@ -194,11 +254,11 @@ DEVICE void wide_store(const struct bnb_cuda_gemm4_wide &p, const struct wide_ti
     unsigned char *staging = w.memory + S::STAGING_AT + w.group * S::STAGING;
 #pragma unroll
     for (int c = 0; c < S::TOKENS / S::PIECE; c++) {
-        some_barrier(1 + w.group, 128);
+        some_barrier(WIDE_STORE + w.group, 128);
 #pragma unroll
         for (int i = 0; i < S::PIECE / 16; i++)
             wide_stage<T, S>(staging, w, i * 16, sums + c * (S::PIECE / 2) + i * 8, top, low);
-        some_barrier(1 + w.group, 128);
+        some_barrier(WIDE_STORE + w.group, 128);
 #pragma unroll
         for (int i = 0; i < S::PIECE / 16; i++) {
             const int row = i * 16 + thread / 8, chunk = thread % 8, column = start + chunk * 8;

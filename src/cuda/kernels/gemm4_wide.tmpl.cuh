@@ -7,49 +7,46 @@
 #error "compute capability 9.0 is built as 90a: without it there would be no body here"
 #endif
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define WIDE_CLUSTER __cluster_dims__(2, 1, 1)
 #define WIDE_BODY(TOKENS, MODE) wide_product<T, wide_shape<TOKENS, MODE>>(p)
 #else
-#define WIDE_CLUSTER
 #define WIDE_BODY(TOKENS, MODE) (void)p
 #endif
 
-extern "C" __global__ void WIDE_CLUSTER __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(640, 1)
     NAME(bnb_k_gemm4_wide32)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     WIDE_BODY(32, WIDE_SUMS);
 }
 
-extern "C" __global__ void WIDE_CLUSTER __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(640, 1)
     NAME(bnb_k_gemm4_wide64)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     WIDE_BODY(64, WIDE_SUMS);
 }
 
-extern "C" __global__ void WIDE_CLUSTER __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
     NAME(bnb_k_gemm4_wide128)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     WIDE_BODY(128, WIDE_WEIGHTS);
 }
 
-extern "C" __global__ void WIDE_CLUSTER __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
     NAME(bnb_k_gemm4_wide256)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     WIDE_BODY(256, WIDE_WEIGHTS);
 }
 
 /* out [m, k] = x [m, n] W */
-extern "C" __global__ void WIDE_CLUSTER __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
     NAME(bnb_k_gemm4_wide_grad128)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     WIDE_BODY(128, WIDE_GRAD);
 }
 
-extern "C" __global__ void WIDE_CLUSTER __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
     NAME(bnb_k_gemm4_wide_grad256)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     WIDE_BODY(256, WIDE_GRAD);
 }
 
 #undef WIDE_BODY
-#undef WIDE_CLUSTER

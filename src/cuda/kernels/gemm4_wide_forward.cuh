@@ -21,12 +21,13 @@ struct wide_rows {
 };
 
 /* This lane's of the four steps from step `i` of the tile on; there is one at least. */
+template <class S>
 DEVICE void wide_scales_load(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, int i, struct wide_rows *r)
 {
-    const int mine = i + (int)threadIdx.x % 4, k = (t.step + (mine < t.steps ? mine : i)) * 64;
+    const int mine = i + (int)threadIdx.x % 4, k = (t.step + (mine < t.steps ? mine : i) * S::WAYS) * 64;
     r->raw.top[0] = scale4_load(p, r->top + k);
     r->raw.low[0] = scale4_load(p, r->low + k);
-    if (p.shift == 5) {
+    if (S::SHORT && p.shift == 5) {
         r->raw.top[1] = scale4_load(p, r->top + k + 32);
         r->raw.low[1] = scale4_load(p, r->low + k + 32);
     }
@@ -41,17 +42,17 @@ DEVICE void wide_scales_of(const struct bnb_cuda_gemm4_fast &p, const struct wid
     if (i % 4 == 0) {
         r->scale[0] = scale4_value(p, r->raw.top[0], map2, w.offset) * p.shrink;
         r->scale[1] = scale4_value(p, r->raw.low[0], map2, w.offset) * p.shrink;
-        if (S::MODE == WIDE_WEIGHTS && p.shift == 5) {
+        if (S::SHORT && p.shift == 5) {
             r->scale[2] = scale4_value(p, r->raw.top[1], map2, w.offset) * p.shrink;
             r->scale[3] = scale4_value(p, r->raw.low[1], map2, w.offset) * p.shrink;
         }
         if (i + 4 < t.steps)
-            wide_scales_load(p, t, i + 4, r);
+            wide_scales_load<S>(p, t, i + 4, r);
     }
     const int from = (w.lane & ~3) | (i & 3);
     scale[0] = scale[2] = __shfl_sync(0xffffffffu, r->scale[0], from);
     scale[1] = scale[3] = __shfl_sync(0xffffffffu, r->scale[1], from);
-    if (S::MODE == WIDE_WEIGHTS && p.shift == 5) {
+    if (S::SHORT && p.shift == 5) {
         scale[2] = __shfl_sync(0xffffffffu, r->scale[2], from);
         scale[3] = __shfl_sync(0xffffffffu, r->scale[3], from);
     }
@@ -62,26 +63,25 @@ DEVICE void wide_scales_of(const struct bnb_cuda_gemm4_fast &p, const struct wid
 struct wide_forward {
     struct wide_rows rows;
     const unsigned char *from; /* this thread's first row in the slot */
-    uint4 top, low;            /* codes of half a step */
+    uint2 top, low;            /* codes of a fragment */
     unsigned pair[4], a[4][4];
     float scale[4], before[2]; /* SUMS: of the step before */
 };
 
 template <class S> DEVICE void wide_meet(const struct wide_thread &w, struct wide_forward *d)
 {
-    barrier_wait(w.full + w.slot, w.parity);
-    d->from = w.memory + S::CODES_AT + w.slot * S::CODES + w.first * 32;
+    barrier_wait(wide_codes_full<S>(w.memory) + w.line.at, w.line.parity);
+    d->from = w.memory + S::CODES_AT + w.line.at * S::CODES + w.first * 32;
 }
 
-DEVICE void wide_codes(int h, struct wide_forward *d)
+DEVICE void wide_codes(int q, struct wide_forward *d)
 {
-    d->top = *(const uint4 *)(d->from + 16 * h), d->low = *(const uint4 *)(d->from + 256 + 16 * h);
+    d->top = *(const uint2 *)(d->from + 8 * q), d->low = *(const uint2 *)(d->from + 256 + 8 * q);
 }
 
-DEVICE void wide_look(const struct wide_thread &w, int q, struct wide_forward *d)
+DEVICE void wide_look(const struct wide_thread &w, int, struct wide_forward *d)
 {
-    const uint4 u = d->top, v = d->low;
-    const unsigned word[4] = {q % 2 ? u.z : u.x, q % 2 ? v.z : v.x, q % 2 ? u.w : u.y, q % 2 ? v.w : v.y};
+    const unsigned word[4] = {d->top.x, d->low.x, d->top.y, d->low.y};
 #pragma unroll
     for (int i = 0; i < 4; i++)
         d->pair[i] = pair_at(w.memory, word[i], w.at, w.selector);
@@ -105,6 +105,7 @@ template <typename T, class S> DEVICE void wide_round(int q, struct wide_forward
 }
 
 /* Where the thread's rows of a tile begin; loads of the first scales are under way then. */
+template <class S>
 DEVICE void wide_rows_begin(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t, const struct wide_thread &w,
                             struct wide_rows *r)
 {
@@ -112,7 +113,8 @@ DEVICE void wide_rows_begin(const struct bnb_cuda_gemm4_fast &p, const struct wi
     const int64_t base = t.at.expert * p.g.n;
     r->top = (base + (top < last ? top : last)) * p.g.k;
     r->low = (base + (low < last ? low : last)) * p.g.k;
-    wide_scales_load(p, t, 0, r);
+    if (t.steps > 0)
+        wide_scales_load<S>(p, t, 0, r);
 }
 
 #endif

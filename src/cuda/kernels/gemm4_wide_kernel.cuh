@@ -1,5 +1,5 @@
 /*
- * gemm4_wide_kernel.cuh - the kernel of gemm4_wide.cuh: 384 threads, of which 256 multiply and few bring
+ * gemm4_wide_kernel.cuh - the kernel of gemm4_wide.cuh: threads that multiply, and after them a few that bring
  */
 #ifndef BNB_CUDA_GEMM4_WIDE_KERNEL_CUH
 #define BNB_CUDA_GEMM4_WIDE_KERNEL_CUH
@@ -13,12 +13,12 @@ DEVICE struct wide_thread wide_thread_of(const struct bnb_cuda_gemm4_fast &p, in
 {
     struct wide_thread w = {};
     w.memory = memory;
-    w.full = (uint64_t *)(memory + S::BARRIERS_AT), w.empty = w.full + S::RING;
     w.offset = p.g.scale.absmax2 ? __ldg(p.g.scale.offset) : 0.0f;
-    w.group = warp / 4 - 1, w.warp = warp % 4, w.lane = (int)threadIdx.x % 32;
+    w.way = warp / 8, w.group = warp / 4 % 2, w.warp = warp % 4, w.lane = (int)threadIdx.x % 32;
     const int g = w.lane / 4;
     w.first = w.group * 64 + (S::GRAD ? w.warp / 2 * 32 + g * 4 + w.warp % 2 * 2 : w.warp * 16 + g);
     w.second = w.first + (S::GRAD ? 1 : 8);
+    w.x.at = w.line.at = w.way;
     w.at = (unsigned)w.lane * 4;
     w.selector = !S::GRAD ? pair_selector(w.lane % 4) : w.warp % 2 ? 0x7531u : 0x6420u;
     w.grad_codes = w.lane * 64 + ((w.group * 2 + w.warp / 2) ^ w.lane / 2 % 4) * 16;
@@ -26,10 +26,57 @@ DEVICE struct wide_thread wide_thread_of(const struct bnb_cuda_gemm4_fast &p, in
     return w;
 }
 
+/* Of a tile, the steps of way w.way. */
+template <class S>
+DEVICE bool wide_next_of_way(const struct bnb_cuda_gemm4_fast &p, const struct wide_thread &w, struct walk<int> *walk,
+                             struct wide_tile *t)
+{
+    if (!wide_next_of_warp<S>(p, walk, t))
+        return false;
+    t->all = t->steps;
+    if (S::WAYS == 2)
+        t->step += w.way, t->steps = (t->steps + 1 - w.way) / 2;
+    return true;
+}
+
+/* After an odd number of steps, the first slots of the ways have changed places. */
+template <class S> DEVICE void wide_align(const struct wide_tile &t, struct wide_thread *w)
+{
+    if (S::WAYS == 1 || t.all % 2 == 0)
+        return;
+    wide_advance<S::RING>(&w->x, w->way ? 1 : -1);
+    wide_advance<S::LINE>(&w->line, w->way ? 1 : -1);
+}
+
+/* The sums of the second way are added to those of the first, 16 of each thread at a time. */
+template <class S> DEVICE void wide_meet_ways(const struct wide_thread &w, float (&sums)[S::SUMS])
+{
+    float4 *at = (float4 *)(w.memory + S::STAGING_AT + w.group * S::STAGING) + w.warp * 32 + w.lane;
+#pragma unroll
+    for (int c = 0; c < S::SUMS; c += 16) {
+        some_barrier(WIDE_WAYS + w.group, 256); /* what was there has been read */
+#pragma unroll
+        for (int i = 0; i < 4 && w.way == 1; i++)
+            at[i * 128] = {sums[c + 4 * i], sums[c + 4 * i + 1], sums[c + 4 * i + 2], sums[c + 4 * i + 3]};
+        some_barrier(WIDE_WAYS + w.group, 256);
+#pragma unroll
+        for (int i = 0; i < 4 && w.way == 0; i++) {
+            const float4 v = at[i * 128];
+            sums[c + 4 * i] += v.x, sums[c + 4 * i + 1] += v.y;
+            sums[c + 4 * i + 2] += v.z, sums[c + 4 * i + 3] += v.w;
+        }
+    }
+}
+
 template <typename T, class S>
 DEVICE void wide_store_tile(const struct bnb_cuda_gemm4_wide &p, const struct wide_tile &t, const struct wide_thread &w,
-                            const float (&sums)[S::SUMS])
+                            float (&sums)[S::SUMS])
 {
+    if constexpr (S::WAYS == 2) {
+        wide_meet_ways<S>(w, sums);
+        if (w.way == 1)
+            return;
+    }
     if (p.fast.partial)
         wide_store_split<S>(p.fast, t, w, sums);
     else
@@ -42,9 +89,9 @@ DEVICE void wide_multiply_forward(const struct bnb_cuda_gemm4_wide &p, struct wi
     struct walk<int> walk = wide_start();
     struct wide_tile t, next;
     struct wide_forward d = {};
-    bool there = wide_next_of_warp<S>(p.fast, &walk, &next);
+    bool there = wide_next_of_way<S>(p.fast, w, &walk, &next);
     if (there)
-        wide_rows_begin(p.fast, next, w, &d.rows);
+        wide_rows_begin<S>(p.fast, next, w, &d.rows);
     while (there) {
         float sums[S::SUMS];
         t = next;
@@ -52,9 +99,10 @@ DEVICE void wide_multiply_forward(const struct bnb_cuda_gemm4_wide &p, struct wi
             wide_steps_sums<T, S>(p.fast, t, &w, &d, sums);
         else
             wide_steps<T, S>(p.fast, t, &w, &d, sums);
-        there = wide_next_of_warp<S>(p.fast, &walk, &next);
+        wide_align<S>(t, &w);
+        there = wide_next_of_way<S>(p.fast, w, &walk, &next);
         if (there) /* its scales come while these results go */
-            wide_rows_begin(p.fast, next, w, &d.rows);
+            wide_rows_begin<S>(p.fast, next, w, &d.rows);
         wide_store_tile<T, S>(p, t, w, sums);
     }
 }
@@ -65,9 +113,10 @@ DEVICE void wide_multiply_grad(const struct bnb_cuda_gemm4_wide &p, struct wide_
     struct walk<int> walk = wide_start();
     struct wide_tile t;
     struct wide_grad d = {};
-    while (wide_next_of_warp<S>(p.fast, &walk, &t)) {
+    while (wide_next_of_way<S>(p.fast, w, &walk, &t)) {
         float sums[S::SUMS];
         wide_steps<T, S>(p.fast, t, &w, &d, sums);
+        wide_align<S>(t, &w);
         wide_store_tile<T, S>(p, t, w, sums);
     }
 }
@@ -76,39 +125,45 @@ DEVICE void wide_multiply_grad(const struct bnb_cuda_gemm4_wide &p, struct wide_
 template <typename T, class S> DEVICE void wide_table(const struct bnb_cuda_gemm4_fast &p, unsigned char *pairs)
 {
     if (S::MODE == WIDE_SUMS)
-        pairs_fill((const T *)nullptr, p, pairs, threadIdx.x, 384);
+        pairs_fill((const T *)nullptr, p, pairs, threadIdx.x, S::THREADS);
     else
-        pairs_fill((const f16 *)nullptr, p, pairs, threadIdx.x, 384);
+        pairs_fill((const f16 *)nullptr, p, pairs, threadIdx.x, S::THREADS);
 }
 
 template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_gemm4_wide &p)
 {
     SHARED_MEMORY(memory);
-    uint64_t *full = (uint64_t *)(memory + S::BARRIERS_AT), *empty = full + S::RING;
     const int warp = warp_number();
     let_next_launch_come();
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::RING; i++) {
-            barrier_init(full + i, S::GRAD ? 3 : 1);
-            barrier_init(empty + i, 16); /* eight warps of each block */
+            barrier_init(wide_full<S>(memory) + i, 1);
+            barrier_init(wide_empty<S>(memory) + i, 16); /* eight warps of each block */
+        }
+        for (int i = 0; i < S::LINE; i++) {
+            barrier_init(wide_codes_full<S>(memory) + i, S::GRAD ? 3 : 1);
+            barrier_init(wide_codes_empty<S>(memory) + i, 8);
         }
         barriers_ready();
     }
     wide_table<T, S>(p.fast, memory);
     wait_for_launch_before();
-    map2_fill(p.fast, (float *)(memory + S::MAP2_AT), threadIdx.x, 384);
+    map2_fill(p.fast, (float *)(memory + S::MAP2_AT), threadIdx.x, S::THREADS);
     __syncthreads();
     cluster_barrier();
-    if (warp < 4) {
-        registers_down_to<40>();
-        if (threadIdx.x == 0)
-            wide_bring<S>(p, memory, full, empty);
+    if (warp >= S::WORKERS / 32) {
+        const int bringer = warp - S::WORKERS / 32, lane = (int)threadIdx.x % 32;
+        registers_down_to<S::BRINGER_REGISTERS>();
+        if (bringer == 0 && lane == 0)
+            wide_bring<S>(p, memory);
+        if (bringer == 1 && lane == 0)
+            wide_bring_codes<S>(p, memory);
         if constexpr (S::GRAD)
-            if (warp == 1 || warp == 2)
-                wide_bring_scales<S>(p.fast, warp - 1, memory, full, empty);
+            if (bringer >= 2)
+                wide_bring_scales<S>(p.fast, bringer - 2, memory);
         __syncwarp();
     } else {
-        registers_to<232>();
+        registers_to<S::WORKER_REGISTERS>();
         struct wide_thread w = wide_thread_of<S>(p.fast, warp, memory);
         if constexpr (S::GRAD)
             wide_multiply_grad<T, S>(p, w);
