@@ -268,14 +268,16 @@ enum { NEAR = 4, AHEAD = 8, FAR_AHEAD = 16 }; /* tensors by which prefetching is
 
 static void prefetch_tensor(torch_tensor tensor)
 {
-    const char *about = impl_of(tensor);
-    for (int line = 0; line < 4; line++)
+    const char *about = tensor ? impl_of(tensor) : NULL;
+    for (int line = 0; about && line < 4; line++)
         __builtin_prefetch(about + 64 * (ptrdiff_t)line);
 }
 
 static void prefetch_storage(torch_tensor tensor)
 {
-    const char *const *about = impl_of(tensor);
+    const char *const *about = tensor ? impl_of(tensor) : NULL;
+    if (!about)
+        return;
     __builtin_prefetch(about[2]); /* behind two words; there are three in older releases */
     __builtin_prefetch(about[3]); /* or what autograd knows */
 }
@@ -315,7 +317,7 @@ static bool is_current(struct table *t, const struct bnb_handles *p, const struc
     if (p->count != (t->params ? 0 : t->count) || g->count != t->count || !holds_states(t))
         return false;
     for (size_t i = 0; i < t->count; i++) {
-        if (i + FAR_AHEAD < t->count && g->items[i + FAR_AHEAD] && params[i + FAR_AHEAD]) {
+        if (i + FAR_AHEAD < t->count) {
             prefetch_tensor(params[i + FAR_AHEAD]);
             prefetch_tensor(g->items[i + FAR_AHEAD]);
             prefetch_storage(params[i + AHEAD]);
@@ -348,8 +350,8 @@ static bool finds_current(struct table *t)
     return true;
 }
 
-/* May _optimizer_run be called with the first gradient alone, once, because every parameter has one and all tensors are what the table
- * takes them for?  1: yes;  0: not now;  -1: never with this table, or there is no such table. */
+/* May _optimizer_run be called with the first gradient alone, once, because every parameter has one and all tensors are
+ * what the table takes them for?  1: yes;  0: not now;  -1: never with this table, or there is no such table. */
 int bnb_torch_ready(int64_t table)
 {
     struct table *t = look_up(table, false);
