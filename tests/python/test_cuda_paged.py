@@ -136,6 +136,7 @@ def test_the_memory_is_freed_with_the_optimizer(monkeypatch):
     gradients(params, "bf16", 0)
     optimizer.step()
     held = optimizer.state[params[0]]["state1"]
+    torch.cuda.synchronize()  # or it would be read before the step has written it
     expected = held.clone()
     del optimizer
     gc.collect()

@@ -222,7 +222,9 @@ def test_linear_int8(dtype, n, k, threshold):
         if not flags.any():
             check_same(got, expected, m)
         # NUMERICS rule 34: of outlier columns, what the codes leave over is rounded to 16 bits.
-        slack = 2.0**-18 if dtype == torch.bfloat16 and flags.any() else 2.0**-21
+        # One of f32 is three values of 16 bits: so many products are summed in f32.
+        outliers = int(flags.sum()) * (3 if dtype == torch.float32 else 1)
+        slack = 2.0**-18 if dtype == torch.bfloat16 and outliers else max(2.0**-21, f32_slack(outliers))
         close(got.cpu(), *int8_reference(x, codes, scales, bias, threshold), slack)
         check_same(OPS._linear_int8(shifted(x), *weight, moved(bias), threshold)[0], got, m)
 

@@ -26,6 +26,12 @@ from .parametrize import replace_parameter_4bit_prequantized
 __all__ = ["enable"]
 
 _KEY = "bitsandbytes_4bit"
+# What a saved weight's name is followed by: nothing, or its statistics' names (docs/FORMAT.md).
+_ENDINGS = [
+    "",
+    *(f".{name}" for name in ("absmax", "nested_absmax", "nested_quant_map", "quant_map")),
+    *(f".quant_state.bitsandbytes__{name}" for name in ("fp4", "nf4")),
+]
 _STATISTICS = "_bitsandbytes_statistics"  # of a model while it is loaded: {full name: statistics}
 
 
@@ -103,10 +109,9 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     def get_weight_conversions(self) -> list[Any]:
         """One conversion for each name that expert weights have, before those of the linear layers."""
         own = []
-        endings = [name.removeprefix("weight") for name in self.serialized_names["weight"]]
         for leaf in sorted({".".join(name.split(".")[-2:]) for name in self.experts} if self.pre_quantized else ()):
             target = leaf.replace(".", r"\.")
-            sources = [target + (ending.replace(".", r"\.") or "$") for ending in endings]
+            sources = [target + (ending.replace(".", r"\.") or "$") for ending in _ENDINGS]
             own.append(WeightConverter(sources, leaf, [_Deserialize(self)]))
         return own + super().get_weight_conversions()
 
