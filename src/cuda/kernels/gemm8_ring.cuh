@@ -131,20 +131,27 @@ template <bool LISTED, class Ring> DEVICE int list8(const struct bnb_cuda_produc
     return total;
 }
 
-/* By a warp: codes of a column, of all rows of a stage, to this block or to the first `ranks` of the cluster. */
-DEVICE void pick8(const char *stage, int column, char *to, int ranks)
+/* By a warp: codes of column 0 .. 127 of a stage, of all rows, to this block or to the first `ranks` of the cluster.  A
+ * stage waits for this, so that all loads are under way before the first store. */
+DEVICE void pick8(const char *stage, unsigned column, char *to, int ranks)
 {
+    enum { ROWS = TILE8_ROWS / 32 };
+    const unsigned lane = (unsigned)lane_here();
+    const char *from = stage + lane * TILE8_DEPTH + (column / 16 ^ (lane & 7)) * 16 + column % 16;
+    unsigned char code[ROWS];
 #pragma unroll
-    for (int i = 0; i < TILE8_ROWS / 32; i++) {
-        const int row = i * 32 + lane_here();
-        const char *from = stage + row * TILE8_DEPTH + (column / 16 ^ (row & 7)) * 16 + column % 16;
-        const unsigned code = *(const unsigned char *)from;
-        char *there = to + bnb_tile8_codes(0, row, 0);
+    for (int i = 0; i < ROWS; i++)
+        code[i] = *(const unsigned char *)(from + i * 32 * TILE8_DEPTH);
+    to += bnb_tile8_codes(0, (int)lane, 0);
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
         if (ranks == 0)
-            *there = (char)code;
-        for (int r = 0; r < ranks; r++)
-            cluster_store(there, (unsigned)r, code);
-    }
+            *(unsigned char *)(to + bnb_tile8_codes(0, i * 32, 0)) = code[i];
+#pragma unroll 1
+    for (int r = 0; r < ranks; r++)
+#pragma unroll
+        for (int i = 0; i < ROWS; i++)
+            cluster_store(to + bnb_tile8_codes(0, i * 32, 0), (unsigned)r, code[i]);
 }
 
 /* The chunks of the first `picked` columns of a tile: until all of them may be written; this thread has written all. */
@@ -160,6 +167,14 @@ template <int CHUNKS, class Ring> DEVICE void ready8(const Ring &ring, int picke
         barrier_arrive(ring.ready + chunk.at);
 }
 
+/* Column i of the list, or one beyond all. */
+enum { NO_COLUMN8 = 0x7fffffff };
+
+template <class Ring> DEVICE int listed8(const Ring &ring, int i, int picked)
+{
+    return i < picked ? ring.list[i] : NO_COLUMN8;
+}
+
 /* By the warp that picks: the first `picked` columns of a tile, from `steps` steps of its sum from `step` on.  The
  * others of the sum's columns are other blocks' work; they are all here when the cluster meets. */
 template <int STAGES, int CHUNKS, class Ring>
@@ -167,16 +182,17 @@ DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ra
                        struct turn8 chunk)
 {
     const int codes = Ring::CHUNK - TILE8_ROWS * TILE8_COLUMNS;
-    int next = 0;
+    int next = 0, column;
     wait_used8<CHUNKS>(ring, picked, chunk);
-    while (next < picked && ring.list[next] < step * TILE8_DEPTH)
+    while ((column = listed8(ring, next, picked)) < step * TILE8_DEPTH)
         next++;
     for (int k = step; k < step + steps; k++) {
         barrier_wait(ring.full + stage.at, stage.parity);
-        for (; next < picked && ring.list[next] < (k + 1) * TILE8_DEPTH; next++)
-            pick8(ring.stages + stage.at * Ring::STAGE, ring.list[next] - k * TILE8_DEPTH,
-                  ring.chunks + (chunk.at + next / TILE8_COLUMNS) % CHUNKS * Ring::CHUNK + codes + next % TILE8_COLUMNS,
-                  ranks);
+        for (; column < (k + 1) * TILE8_DEPTH; column = listed8(ring, ++next, picked)) {
+            const unsigned at = ((unsigned)chunk.at + (unsigned)next / TILE8_COLUMNS) % CHUNKS;
+            pick8(ring.stages + stage.at * Ring::STAGE, (unsigned)(column - k * TILE8_DEPTH),
+                  ring.chunks + at * Ring::CHUNK + codes + next % TILE8_COLUMNS, ranks);
+        }
         __syncwarp();
         if (lane_here() == 0)
             barrier_arrive(ring.empty + stage.at);
