@@ -4,6 +4,7 @@
 #ifndef BNB_CUDA_CUDA_H
 #define BNB_CUDA_CUDA_H
 
+#include "core/plan_gemm8.h"
 #include "cuda/device.h"
 #include "cuda/kernels/launch_args.h"
 
@@ -36,11 +37,13 @@ bnb_status bnb_cuda_gather_columns(const bnb_exec *ex, const bnb_matrix *x, cons
 /* Can rows and codes be moved eight at a time? */
 bool bnb_cuda_rows_aligned(const struct bnb_rows_args *a);
 
-/* The product within a call.  mask: the bits of g->outlier, where this is not NULL.  threshold 0: codes in outlier columns are
- * 0; else they are what bnb_cuda_hold_rows() made with this one.  early: as in struct bnb_cuda_manner; the launch before
- * must not have written the weight. */
-bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, const unsigned *mask,
-                             float threshold, bnb_dtype dtype, bool early);
+/* A product within a call: how it will be made. */
+bnb_status bnb_cuda_plan8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, struct bnb_gemm8_plan *plan);
+
+/* Made so.  Of q: g, dtype, threshold, and where g.outlier is not NULL mask and, if the plan wants them, list and values.
+ * early: as in struct bnb_cuda_manner; the launch before must not have written the weight. */
+bnb_status bnb_cuda_run8(const struct bnb_cuda_call *c, const struct bnb_gemm8_plan *plan,
+                         const struct bnb_cuda_product8 *q, bool early);
 
 /* A row of activations by a block that holds it; a without flags, or flags that are zero.  Codes in the columns of other
  * rows' outliers stay.  column_stats: NULL, or zero before, and cols is at most 16384. */

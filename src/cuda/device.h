@@ -75,8 +75,8 @@ bnb_status bnb_cuda_launch_over(const struct bnb_cuda_call *c, struct bnb_cuda_k
                                 const void *arguments);
 
 /* How a launch differs: blocks of a cluster, 0 or 1 for none; early: it may come to the card before the launch before it is
- * done, for which the kernel waits by itself; shared: bytes of dynamic shared memory, of a kernel of BNB_CUDA_ALL_SHARED.
- * On drivers without such launches it is a plain one, cluster <= 1 then. */
+ * done, for which the kernel waits by itself; shared: bytes of dynamic shared memory, of a kernel of BNB_CUDA_ALL_SHARED, or
+ * no more than 48 KB.  On drivers without such launches it is a plain one, cluster <= 1 then. */
 struct bnb_cuda_manner {
     int cluster;
     bool early;

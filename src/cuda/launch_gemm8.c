@@ -1,17 +1,14 @@
 /*
  * launch_gemm8.c - products with an int8 weight on CUDA: the plan's kernel, its tensor maps, its grid
  */
+#include <pthread.h>
 #include <stdlib.h>
 
-#include "core/plan_gemm8.h"
 #include "cuda/cuda.h"
 #include "cuda/kernels/tile8.h"
 
 /* Threads of a block; rows of the weight that one takes at a time; sides of a tile; rows of activations that are few. */
 enum { THREADS = 256, WARPS = 8, TILE = 64, FEW = 8 };
-
-/* Memory of the list of outlier columns, before their values. */
-enum { LIST_BYTES = 512 };
 
 static int64_t tiles_of(int64_t m, int64_t n) { return bnb_blocks(m, TILE) * bnb_blocks(n, TILE); }
 
@@ -89,17 +86,6 @@ static bnb_status map_of(const struct bnb_cuda_call *c, const void *matrix, int 
                           c->function, "cuTensorMapEncodeTiled");
 }
 
-/* The list of the first columns of q->mask and their values, in memory that stays on the device. */
-static bnb_status list_columns(const struct bnb_cuda_call *c, struct bnb_cuda_product8 *q, void *memory, bool early)
-{
-    static struct bnb_cuda_kernel kernel = {
-        .image = "gemm8_list", .name = "bnb_k_gemm8_list", .dtype = -1, .threads = THREADS};
-    const int64_t work = bnb_blocks(q->g.m * TILE8_ROOM / 8, THREADS), most = 8 * (int64_t)c->card->sms;
-    q->list = memory;
-    q->values = (char *)memory + LIST_BYTES;
-    return bnb_cuda_launch_as(c, &kernel, work < most ? work : most, (struct bnb_cuda_manner){.early = early}, q);
-}
-
 /* With the tensor maps. */
 static bnb_status run_bulk(const struct bnb_cuda_call *c, struct bnb_cuda_product8 *q,
                            const struct bnb_gemm8_plan *plan, bool early)
@@ -108,36 +94,23 @@ static bnb_status run_bulk(const struct bnb_cuda_call *c, struct bnb_cuda_produc
     const int64_t clusters = c->card->sms / plan->share, work = bnb_blocks(rows, plan->share) * columns;
     const int64_t blocks = plan->way == BNB_GEMM8_NARROW ? rows * columns * plan->split
                                                          : (work < clusters ? work : clusters) * plan->share;
-    const bool lists =
-        q->mask && plan->way == BNB_GEMM8_WIDE; /* with few tokens, a launch takes longer than it saves */
-    const size_t bytes = lists ? LIST_BYTES + (size_t)q->g.m * BNB_TILE8_VALUES(TILE8_ROOM / TILE8_COLUMNS) : 0;
-    void *memory = NULL;
     bnb_status status = map_of(c, q->g.b, 1, q->g.n, q->g.k, TILE8_ROWS, &q->weight);
     if (!status)
         status = map_of(c, q->g.a, 1, q->g.m, q->g.k, plan->tokens / plan->share, &q->tokens);
-    if (!status && bytes > 0)
-        status = bnb_cuda_alloc(c, bytes, &memory);
-    if (!status && memory)
-        status = list_columns(c, q, memory, early);
     if (!status)
         status = bnb_cuda_launch_as(c, kernel_of(plan), blocks,
                                     (struct bnb_cuda_manner){.cluster = plan->split * plan->share, .early = early}, q);
-    bnb_cuda_free(c, memory, bytes);
     return status;
 }
 
-static bnb_status run_tiles(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm8 *p, const unsigned *mask,
-                            bnb_dtype dtype, const struct bnb_gemm8_plan *plan, bool early)
+static bnb_status run_tiles(const struct bnb_cuda_call *c, struct bnb_cuda_product8 q,
+                            const struct bnb_gemm8_plan *plan, bool early)
 {
-    struct bnb_cuda_product8 q = {.g = p->g,
-                                  .mask = mask,
-                                  .threshold = p->threshold,
-                                  .dtype = (int)dtype,
-                                  .store = p->g.n % 8 == 0 && bnb_cuda_aligned(p->g.out, 16),
-                                  .split = plan->split,
-                                  .share = plan->share,
-                                  .group = plan->group};
-    const int64_t tiles = bnb_blocks(p->g.n, TILE8_ROWS) * bnb_blocks(p->g.m, plan->tokens);
+    const int64_t tiles = bnb_blocks(q.g.n, TILE8_ROWS) * bnb_blocks(q.g.m, plan->tokens);
+    q.store = q.g.n % 8 == 0 && bnb_cuda_aligned(q.g.out, 16);
+    q.split = plan->split;
+    q.share = plan->share;
+    q.group = plan->group;
     return plan->way == BNB_GEMM8_MMA ? bnb_cuda_launch_over(c, kernel_of(plan), tiles, &q)
                                       : run_bulk(c, &q, plan, early);
 }
@@ -148,15 +121,33 @@ static struct bnb_gemm8_card card_of(const struct bnb_cuda_call *c)
     return (struct bnb_gemm8_card){c->card->capability, c->card->sms, cu->launch_as && cu->tensor_map};
 }
 
-/* The plan, or the one that BNB_GEMM8 names, for measurements.  Where a build has no code for the card, a plan without. */
-static bnb_status plan_for(const struct bnb_cuda_call *c, const struct bnb_cuda_gemm8 *p, struct bnb_gemm8_plan *plan)
+static bool measuring;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void see_wish(void) { measuring = getenv("BNB_GEMM8") != NULL; }
+
+/* With what can be read and written in wide accesses. */
+static struct bnb_cuda_gemm8 widths_of(const struct bnb_gemm8_block *g)
+{
+    struct bnb_cuda_gemm8 p = {.g = *g};
+    p.codes = g->k % 16 == 0 && bnb_cuda_aligned(g->a, 16) && bnb_cuda_aligned(g->b, 16);
+    p.store = g->n % 4 == 0 && bnb_cuda_aligned(g->out, 16);
+    p.vector = g->product && g->n % 8 == 0 && bnb_cuda_aligned(g->product, 16) && p.store;
+    return p;
+}
+
+/* The plan, or the one that BNB_GEMM8 names, for measurements: if it is set at the first product, it is read at each.  Where
+ * a build has no code for the card, a plan without. */
+bnb_status bnb_cuda_plan8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, struct bnb_gemm8_plan *plan)
 {
     struct bnb_gemm8_card card = card_of(c);
-    const struct bnb_gemm8_shape shape = {p->g.m, p->g.n, p->g.k, p->codes && !p->g.product};
+    const struct bnb_gemm8_shape shape = {g->m, g->n, g->k, widths_of(g).codes && !g->product};
+    pthread_once(&once, see_wish);
     for (;;) {
         int blocks = 1;
         *plan = bnb_plan_gemm8(&shape, &card);
-        bnb_plan_gemm8_named(getenv("BNB_GEMM8"), &shape, &card, plan);
+        if (measuring)
+            bnb_plan_gemm8_named(getenv("BNB_GEMM8"), &shape, &card, plan);
         if (plan->way == BNB_GEMM8_PLAIN)
             return BNB_OK;
         const bnb_status status = bnb_cuda_resident(c, kernel_of(plan), &blocks);
@@ -168,18 +159,12 @@ static bnb_status plan_for(const struct bnb_cuda_call *c, const struct bnb_cuda_
     }
 }
 
-bnb_status bnb_cuda_product8(const struct bnb_cuda_call *c, const struct bnb_gemm8_block *g, const unsigned *mask,
-                             float threshold, bnb_dtype dtype, bool early)
+bnb_status bnb_cuda_run8(const struct bnb_cuda_call *c, const struct bnb_gemm8_plan *plan,
+                         const struct bnb_cuda_product8 *q, bool early)
 {
-    struct bnb_cuda_gemm8 p = {.g = *g, .threshold = threshold};
-    struct bnb_gemm8_plan plan;
-    p.codes = g->k % 16 == 0 && bnb_cuda_aligned(g->a, 16) && bnb_cuda_aligned(g->b, 16);
-    p.store = g->n % 4 == 0 && bnb_cuda_aligned(g->out, 16);
-    p.vector = g->product && g->n % 8 == 0 && bnb_cuda_aligned(g->product, 16) && p.store;
-    const bnb_status status = plan_for(c, &p, &plan);
-    if (status)
-        return status;
-    return plan.way == BNB_GEMM8_PLAIN ? run_plain(c, &p, dtype) : run_tiles(c, &p, mask, dtype, &plan, early);
+    struct bnb_cuda_gemm8 p = widths_of(&q->g);
+    p.threshold = q->threshold;
+    return plan->way == BNB_GEMM8_PLAIN ? run_plain(c, &p, (bnb_dtype)q->dtype) : run_tiles(c, *q, plan, early);
 }
 
 /* ---------------------------------------------------------------- the gradient */
@@ -236,7 +221,14 @@ bnb_status bnb_cuda_gemm8(const bnb_exec *ex, const struct bnb_gemm8_block *g, b
     bnb_status status = bnb_cuda_begin(&c, ex, g->grad ? "gemm8_grad" : g->sums ? "matmul8" : "gemm8");
     if (status)
         return status;
-    status = g->grad ? grad8(&c, g, dtype) : bnb_cuda_product8(&c, g, NULL, 0.0f, dtype, false);
+    if (g->grad) {
+        status = grad8(&c, g, dtype);
+    } else {
+        const struct bnb_cuda_product8 q = {.g = *g, .dtype = (int)dtype};
+        struct bnb_gemm8_plan plan;
+        status = bnb_cuda_plan8(&c, g, &plan);
+        status = status ? status : bnb_cuda_run8(&c, &plan, &q, false);
+    }
     bnb_cuda_end(&c);
     return status;
 }

@@ -8,20 +8,18 @@
  */
 #include "cuda/kernels/early.cuh"
 #include "cuda/kernels/gemm8_outliers.cuh"
+#include "cuda/kernels/rows8_list.cuh"
 
 enum { THREADS = 256 };
-
-struct by_block8 {
-    static __device__ __forceinline__ void meet() { __syncthreads(); }
-};
 
 /* Eight columns of a token for each thread. */
 extern "C" __global__ void __launch_bounds__(256) bnb_k_gemm8_list(const IN_PLACE struct bnb_cuda_product8 p)
 {
     __shared__ int list[TILE8_ROOM], sums[THREADS / 32];
     wait_for_launch_before();
-    const int total = list_mask8<THREADS, by_block8>(p, list, sums, TILE8_ROOM, (int)threadIdx.x),
-              picked = min(total, (int)TILE8_ROOM);
+    let_next_launch_come();
+    const int total = list_mask8<THREADS, whole_block>(p.mask, p.g.k, list, sums, TILE8_ROOM, (int)threadIdx.x);
+    const int picked = min(total, (int)TILE8_ROOM);
     const int halves = p.dtype == BNB_CUDA_F32 ? 0 : (picked + TILE8_COLUMNS - 1) / TILE8_COLUMNS * 2;
     const int64_t work = p.g.m * halves;
     if (blockIdx.x == 0 && threadIdx.x < picked)
@@ -33,7 +31,6 @@ extern "C" __global__ void __launch_bounds__(256) bnb_k_gemm8_list(const IN_PLAC
         const int half = (int)(i - token * halves), count = picked - half * LOADED8;
         struct coming8 c = {};
         load_token8(p, list + half * LOADED8, count, token, c);
-        let_next_launch_come();
         put_token8(p, (char *)p.values + (half / 2 * p.g.m + token) * BNB_TILE8_VALUES(1) + half % 2 * 16, count, 0,
                    token, c);
     }

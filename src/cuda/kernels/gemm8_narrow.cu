@@ -103,7 +103,9 @@ DEVICE void gather_narrow8(const struct bnb_cuda_product8 &p, const Ring &ring, 
         cluster_arrive();
     if (s.first >= s.end)
         return;
-    if (!picker)
+    if (!picker && p.list)
+        copy_picked8<CHUNKS>(p, ring, at, picked, chunk);
+    else if (!picker)
         fill_picked8(p, ring, at, picked);
     gather8<TOKENS, CHUNKS>(p, ring, at, total, picked, chunk);
 }

@@ -109,62 +109,6 @@ DEVICE int take8(const struct bnb_cuda_product8 &p, struct columns8 &c, int *tak
     return count;
 }
 
-/* ---------------------------------------------------------------- the first of them */
-
-/* Columns whose bits a thread looks at. */
-enum { LISTED8 = 256 };
-
-/* The columns of this thread's bits, from number `at` of the list on. */
-DEVICE void list_bits8(int *list, int room, int at, int column, const unsigned (&bits)[LISTED8 / 32])
-{
-#pragma unroll
-    for (int i = 0; i < LISTED8 / 32; i++)
-        for (unsigned b = bits[i]; b && at < room; b &= b - 1)
-            list[at++] = column + 32 * i + __ffs((int)b) - 1;
-}
-
-/* By so many threads, which Threads::meet() brings together: the first `room` columns of the mask, in ascending order; how
- * many there are in all.  sums [COUNT / 32]. */
-template <int COUNT, class Threads>
-DEVICE int list_mask8(const struct bnb_cuda_product8 &p, int *list, int *sums, int room, int thread)
-{
-    const int lane = lane_here();
-    int total = 0;
-    for (int64_t first = 0; first < p.g.k; first += COUNT * LISTED8) {
-        const int64_t column = first + thread * LISTED8;
-        unsigned bits[LISTED8 / 32] = {};
-        int count = 0;
-        if (column < p.g.k) {
-            const uint4 *from = (const uint4 *)(p.mask + column / 32);
-            const uint4 a = __ldcg(from), b = __ldcg(from + 1);
-            bits[0] = a.x, bits[1] = a.y, bits[2] = a.z, bits[3] = a.w;
-            bits[4] = b.x, bits[5] = b.y, bits[6] = b.z, bits[7] = b.w;
-        }
-#pragma unroll
-        for (int i = 0; i < LISTED8 / 32; i++)
-            count += __popc(bits[i]);
-        int end = count;
-#pragma unroll
-        for (int o = 1; o < 32; o *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, end, o);
-            end += lane >= o ? other : 0;
-        }
-        Threads::meet(); /* sums were read for the columns before */
-        if (lane == 31)
-            sums[thread / 32] = end;
-        Threads::meet();
-        int at = total + end - count;
-#pragma unroll
-        for (int w = 0; w < COUNT / 32; w++) {
-            at += w < thread / 32 ? sums[w] : 0;
-            total += sums[w];
-        }
-        list_bits8(list, room, at, (int)column, bits);
-    }
-    Threads::meet();
-    return total;
-}
-
 /* ---------------------------------------------------------------- values */
 
 /* Where a warp's, or a block's, values go: rows from `row` on, tokens from `token` on, of these the ones from `first` to

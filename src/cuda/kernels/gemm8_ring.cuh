@@ -16,6 +16,7 @@
 
 #include "cuda/kernels/gemm8_tile.cuh"
 #include "cuda/kernels/hopper.cuh"
+#include "cuda/kernels/rows8_list.cuh"
 
 #if BNB_IS_HOPPER
 
@@ -112,13 +113,14 @@ struct gatherers8 {
     static __device__ __forceinline__ void meet() { named_barrier(4, GATHERERS); }
 };
 
-/* By all of them: the list, as far as there is room, and how many columns there are.  LISTED: of the mask, it has been made. */
-template <bool LISTED, class Ring> DEVICE int list8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
+/* By all of them: the list, as far as there is room, and how many columns there are.  LISTED_BEFORE: it has been made. */
+template <bool LISTED_BEFORE, class Ring>
+DEVICE int list8(const struct bnb_cuda_product8 &p, const Ring &ring, int room)
 {
     const int thread = thread_here() - 32;
     int total;
-    if (p.mask && !LISTED) {
-        total = list_mask8<GATHERERS, gatherers8>(p, ring.list, ring.total + 1, room, thread);
+    if (!LISTED_BEFORE && p.mask && !p.list) {
+        total = list_mask8<GATHERERS, gatherers8>(p.mask, p.g.k, ring.list, ring.total + 1, room, thread);
     } else {
         total = p.mask ? __ldcg(p.list + TILE8_ROOM) : (int)p.g.outliers;
         for (int i = thread; i < room; i += GATHERERS)
@@ -175,8 +177,9 @@ template <class Ring> DEVICE int listed8(const Ring &ring, int i, int picked)
     return i < picked ? ring.list[i] : NO_COLUMN8;
 }
 
-/* By the warp that picks: the first `picked` columns of a tile, from `steps` steps of its sum from `step` on.  The
- * others of the sum's columns are other blocks' work; they are all here when the cluster meets. */
+/* By the warp that picks: the first `picked` columns of a tile, from `steps` steps of its sum from `step` on.  It passes a
+ * stage without columns before that is full, so that nobody waits for it.  The others of the sum's columns are other blocks'
+ * work; they are all here when the cluster meets. */
 template <int STAGES, int CHUNKS, class Ring>
 DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ranks, struct turn8 &stage,
                        struct turn8 chunk)
@@ -187,7 +190,10 @@ DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ra
     while ((column = listed8(ring, next, picked)) < step * TILE8_DEPTH)
         next++;
     for (int k = step; k < step + steps; k++) {
-        barrier_wait(ring.full + stage.at, stage.parity);
+        if (column >= (k + 1) * TILE8_DEPTH)
+            barrier_wait(ring.empty + stage.at, stage.parity ^ 1u);
+        else
+            barrier_wait(ring.full + stage.at, stage.parity);
         for (; column < (k + 1) * TILE8_DEPTH; column = listed8(ring, ++next, picked)) {
             const unsigned at = ((unsigned)chunk.at + (unsigned)next / TILE8_COLUMNS) % CHUNKS;
             pick8(ring.stages + stage.at * Ring::STAGE, (unsigned)(column - k * TILE8_DEPTH),
@@ -199,6 +205,27 @@ DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ra
         advance<STAGES>(stage);
     }
     ready8<CHUNKS>(ring, picked, chunk);
+}
+
+/* The values of the first `picked` columns of a tile, by the threads that do not pick: one of them copies. */
+template <int CHUNKS, class Ring>
+DEVICE void copy_picked8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int picked,
+                         struct turn8 chunk)
+{
+    const int64_t token = at.token + at.first, left = p.g.m - token;
+    const int tokens = left < at.end - at.first ? (int)left : at.end - at.first;
+    const bool copies = thread_here() == 32 && tokens > 0;
+    for (int i = 0; i < picked; i += TILE8_COLUMNS, advance<CHUNKS>(chunk)) {
+        barrier_wait(ring.used + chunk.at, chunk.parity ^ 1u); /* nobody arrives for two phases at once */
+        if (!copies) {
+            barrier_arrive(ring.ready + chunk.at);
+            continue;
+        }
+        barrier_expect(ring.ready + chunk.at, BNB_TILE8_VALUES(tokens));
+        bulk_copy(ring.chunks + chunk.at * Ring::CHUNK + bnb_tile8_values(at.first, 0),
+                  (const char *)p.values + BNB_TILE8_VALUES(i / TILE8_COLUMNS * p.g.m + token),
+                  BNB_TILE8_VALUES(tokens), ring.ready + chunk.at);
+    }
 }
 
 /* The columns of one tile beyond those that were picked, chunk by chunk. */

@@ -43,27 +43,6 @@ template <int TOKENS, class Ring> DEVICE void copy_wide8(const struct bnb_cuda_p
         }
 }
 
-/* The values of the first `picked` columns of a tile, by the threads that do not pick: one of them copies. */
-template <class Ring>
-DEVICE void copy_picked8(const struct bnb_cuda_product8 &p, const Ring &ring, const struct place8 &at, int picked,
-                         struct turn8 chunk)
-{
-    const int64_t token = at.token + at.first, left = p.g.m - token;
-    const int tokens = left < at.end - at.first ? (int)left : at.end - at.first;
-    const bool copies = thread_here() == 32 && tokens > 0;
-    for (int i = 0; i < picked; i += TILE8_COLUMNS, advance<CHUNKS>(chunk)) {
-        barrier_wait(ring.used + chunk.at, chunk.parity ^ 1u); /* nobody arrives for two phases at once */
-        if (!copies) {
-            barrier_arrive(ring.ready + chunk.at);
-            continue;
-        }
-        barrier_expect(ring.ready + chunk.at, BNB_TILE8_VALUES(tokens));
-        bulk_copy(ring.chunks + chunk.at * Ring::CHUNK + bnb_tile8_values(at.first, 0),
-                  (const char *)p.values + BNB_TILE8_VALUES(i / TILE8_COLUMNS * p.g.m + token),
-                  BNB_TILE8_VALUES(tokens), ring.ready + chunk.at);
-    }
-}
-
 template <int TOKENS, class Ring>
 DEVICE void gather_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, int rank)
 {
@@ -78,7 +57,7 @@ DEVICE void gather_wide8(const struct bnb_cuda_product8 &p, const Ring &ring, in
         if (picker)
             pick_tile8<STAGES, CHUNKS>(ring, picked, 0, steps8(p), 0, stage, chunk);
         else
-            copy_picked8(p, ring, {row, token, 0, TOKENS}, picked, chunk);
+            copy_picked8<CHUNKS>(p, ring, {row, token, 0, TOKENS}, picked, chunk);
         gather8<TOKENS, CHUNKS>(p, ring, {row, token, 0, TOKENS}, total, picked, chunk);
     }
 }

@@ -210,9 +210,9 @@ struct bnb_cuda_gemm8 {
 /*
  * A product on matrix units.  dtype: of x and out; store: out can be written in accesses of 16 bytes; the maps are those of
  * b and a, for kernels that copy in bulk.  threshold 0: the codes in outlier columns are 0; else they stand as that of
- * the quantiser made them.  mask: bits of the outlier columns, for kernels that copy in bulk, where there are flags;
- * list: the first 64 of them and how many there are; values: of 16-bit activations in these, beside their codes, by sixteen
- * columns all tokens; both for blocks that stay.
+ * the quantiser made them.  mask: bits of the outlier columns, for kernels that copy in bulk, where there are flags; for
+ * some of them also list, the first 64 of the columns and how many there are, and values, of 16-bit activations in these,
+ * beside their codes, by sixteen columns all tokens.
  * split: blocks of threads that share the sum of a tile; share: those, of neighbouring tiles, that load the same
  * activations once; group: rows of tiles of a band.
  */
@@ -235,11 +235,13 @@ struct bnb_cuda_rows8 {
 };
 
 /* Rows that a block holds: as bnb_rows_args, but codes in outlier columns stay.  column_stats [cols] or NULL, zero before.
- * a.outlier, if there is one, is zero before, and so is mask: the flags as bits too, or NULL. */
+ * mask: the flags as bits too, or NULL.  a.outlier and mask, where there are any, are zero before, and rows set them; or
+ * row_blocks is not 0: so many blocks take rows, and a block for each word of the mask, behind them, finds the flags. */
 struct bnb_cuda_held8 {
     struct bnb_rows_args a;
     float *column_stats;
     unsigned *mask;
+    int64_t row_blocks;
     int vector;
 };
 

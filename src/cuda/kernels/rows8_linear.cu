@@ -1,17 +1,73 @@
 /*
- * rows8_linear.cu - the activations of an int8 layer, for f32, f16 and bf16: codes, statistics and flags of outlier columns
- * by one read.  NUMERICS rule 33
+ * rows8_linear.cu - the activations of an int8 layer, for f32, f16 and bf16: codes, statistics and flags of outlier columns.
+ * NUMERICS rule 33
  *
  * A row belongs to a block, which holds it in registers between its statistic and its codes.  Codes in outlier columns stay
- * as they are: the product knows what to do.  Blocks collect the columns as bits in shared memory, then set them in
- * memory that was cleared before.
+ * as they are: the product knows what to do.  Which columns these are is found in one of two ways.  Few activations, which
+ * the second-level cache holds, are read twice: blocks of the same launch look at 32 columns of all rows, and nothing needs
+ * to be cleared before.  Of many, rows' blocks collect columns as bits in shared memory, then set them in memory that was
+ * cleared before.
+ *
+ * Outliers take the same way as other elements: a branch would cost more in instructions that are not at hand than it saves.
  */
 #include "cuda/kernels/early.cuh"
 #include "cuda/kernels/rows8.cuh"
 
 /* Groups of eight elements that a thread holds, of rows of up to 4096 elements and of longer ones; columns of a mask's
- * word; words of the longest row's mask. */
-enum { THREADS = 256, SHORT_PARTS = 2, PARTS = 8, WORD = 32, MAX_WORDS = BNB_CUDA_MASK_WORDS(BNB_MAX_K8) };
+ * word; threads of a block that look at one row of them, and rows that a thread has on their way. */
+enum { THREADS = 256, SHORT_PARTS = 2, PARTS = 8, WORD = 32, ACROSS = WORD / 8, AHEAD = 8 };
+
+/* The bits of a block: BNB_CUDA_MASK_WORDS, where there is a mask that rows set. */
+extern __shared__ unsigned own_marks[];
+
+/* ---------------------------------------------------------------- what is an outlier */
+
+/* Magnitudes whose bits are at least `from` and no more than `span` above, those of infinity; of magnitudes below `limit`
+ * there are codes.  Where rows' blocks note outliers: bits in shared memory, or bytes in memory, or nowhere. */
+struct marks8 {
+    unsigned from, span;
+    float threshold, limit;
+    unsigned *bits;
+    uint8_t *bytes;
+};
+
+DEVICE struct marks8 marks8_of(const struct bnb_rows_args &a, unsigned *bits, bool noted)
+{
+    const bool some = a.threshold > 0.0f; /* or no magnitude is `from` or more */
+    const unsigned from = some ? __float_as_uint(a.threshold) : 0xffffffffu;
+    return {from, some ? INFINITE - from : 0u,         a.threshold, some ? a.threshold : __uint_as_float(INFINITE),
+            bits, noted && !bits ? a.outlier : nullptr};
+}
+
+DEVICE unsigned magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+
+DEVICE bool is_marked(const struct marks8 &m, unsigned magnitude) { return magnitude - m.from <= m.span; }
+
+DEVICE void mark8(const struct marks8 &m, int64_t column)
+{
+    if (m.bits)
+        atomicOr(m.bits + column / WORD, 1u << column % WORD);
+    else
+        m.bytes[column] = 1; /* other rows may write the same */
+}
+
+/* What eight elements from column `at` on add to the statistic of their row, as bits; above INFINITE: one is NaN. */
+DEVICE unsigned look8(const float v[8], int64_t at, const struct marks8 &m)
+{
+    unsigned largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        largest = max(largest, is_marked(m, magnitude_bits(v[i])) ? 0u : magnitude_bits(v[i]));
+    if ((m.bits || m.bytes) && absmax8_bits(v) >= m.from) {
+        unsigned found = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            found |= is_marked(m, magnitude_bits(v[i])) ? 1u << i : 0u;
+        for (; found; found &= found - 1)
+            mark8(m, at + __ffs((int)found) - 1);
+    }
+    return largest;
+}
 
 /* ---------------------------------------------------------------- codes */
 
@@ -25,16 +81,14 @@ DEVICE unsigned round4(const float v[4], float r)
     return __byte_perm(__byte_perm(b[0], b[1], 0x0040), __byte_perm(b[2], b[3], 0x0040), 0x5410);
 }
 
-/* plain: all eight are finite, no outliers, and so is r. */
-DEVICE uint2 codes8_of(const float v[8], float r, float threshold, bool plain)
+/* Under r, which is finite; of what has no code, 0. */
+DEVICE uint2 codes8_of(const float v[8], float r, float limit)
 {
-    if (plain)
-        return make_uint2(round4(v, r), round4(v + 4, r));
-    unsigned w[2] = {0, 0};
+    float u[8];
 #pragma unroll
     for (int i = 0; i < 8; i++)
-        w[i / 4] |= (unsigned)(code8_of(v[i], r, threshold) & 255) << 8 * (i % 4);
-    return make_uint2(w[0], w[1]);
+        u[i] = fabsf(v[i]) < limit ? v[i] : 0.0f;
+    return make_uint2(round4(u, r), round4(u + 4, r));
 }
 
 DEVICE void store_eight(int8_t *p, int count, int vector, uint2 w)
@@ -47,47 +101,6 @@ DEVICE void store_eight(int8_t *p, int count, int vector, uint2 w)
     for (int i = 0; i < 8; i++)
         if (i < count)
             p[i] = (int8_t)((i < 4 ? w.x : w.y) >> 8 * (i % 4));
-}
-
-/* ---------------------------------------------------------------- outlier columns */
-
-/* Where a block notes them: bits in shared memory or bytes in memory.  limit: bits of magnitudes below it need no look. */
-struct marks8 {
-    unsigned *bits;
-    uint8_t *bytes;
-    float threshold;
-    unsigned limit;
-};
-
-DEVICE struct marks8 marks8_of(const struct bnb_rows_args &a, unsigned *bits)
-{
-    const unsigned infinite = INFINITE, limit = __float_as_uint(a.threshold);
-    return {bits, bits ? nullptr : a.outlier, a.threshold, a.threshold > 0.0f && limit < infinite ? limit : infinite};
-}
-
-DEVICE void mark8(const struct marks8 &m, int64_t column)
-{
-    if (m.bits)
-        atomicOr(m.bits + column / WORD, 1u << column % WORD);
-    else if (m.bytes)
-        m.bytes[column] = 1; /* other rows may write the same */
-}
-
-/* What eight elements from column `at` on add to the statistic of their row; *plain as in codes8_of(). */
-DEVICE unsigned look8(const float v[8], int64_t at, const struct marks8 &m, bool *plain)
-{
-    unsigned largest = absmax8_bits(v);
-    *plain = largest < m.limit;
-    if (*plain)
-        return largest;
-    largest = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        largest = max(largest, stat_bits(v[i], m.threshold));
-        if (is_outlier(fabsf(v[i]), m.threshold))
-            mark8(m, at + i);
-    }
-    return largest;
 }
 
 /* ---------------------------------------------------------------- the columns of all rows */
@@ -103,6 +116,16 @@ DEVICE void add_marks8(const struct bnb_cuda_held8 &q, const unsigned *own)
         for (; bits; bits &= bits - 1)
             q.a.outlier[(int64_t)w * WORD + __ffs((int)bits) - 1] = 1; /* other blocks may write the same */
     }
+}
+
+/* Word `word` of all columns, by a block. */
+DEVICE void give_flags8(const struct bnb_cuda_held8 &q, int word, unsigned bits)
+{
+    const int64_t column = (int64_t)word * WORD + (int)threadIdx.x;
+    if (threadIdx.x == 0)
+        q.mask[word] = bits;
+    if (threadIdx.x < WORD && column < q.a.cols)
+        q.a.outlier[column] = (uint8_t)(bits >> threadIdx.x & 1u);
 }
 
 /* No columns so far. */
