@@ -254,13 +254,13 @@ def cuts(name):
     """What to ask a kernel for: its own choice, and others."""
     if name.startswith("few"):
         yield from ("", ",0,1", ",0,2", ",0,4", ",0,7", ",0,14", ",2", ",0,0,2", ",0,0,3")
-    elif name.startswith(("wide", "grad")):
+    elif name.startswith(("wide", "meet", "grad")):
         yield from ("", ",1", ",2", ",3", ",4", ",6", ",8")
     else:
         yield ""
 
 
-SWEPT = ["few8", "few16", "few32", "few64", "wide32", "wide64", "wide128", "wide256", "tile"]
+SWEPT = ["few8", "few16", "few32", "few64", "wide32", "wide64", "wide128", "wide256", "meet128", "meet256", "tile"]
 
 
 def sweep(shapes, rows, formats):

@@ -7,19 +7,21 @@
 
 #include "core/internal.h"
 
-const char *const bnb_gemm4_kernel_name[BNB_GEMM4_KERNELS] = {"",        "plain",   "few8",   "few16",   "few32",
-                                                              "few64",   "wide32",  "wide64", "wide128", "wide256",
-                                                              "grad128", "grad256", "tile"};
+const char *const bnb_gemm4_kernel_name[BNB_GEMM4_KERNELS] = {"",        "plain",   "few8",    "few16",   "few32",
+                                                              "few64",   "wide32",  "wide64",  "wide128", "wide256",
+                                                              "meet128", "meet256", "grad128", "grad256", "tile"};
 
 /* Of kernels few8, few16, ... */
 static const struct few {
     int tiles, tokens, width, warps, bringers, registers;
 } few[] = {{BNB_GEMM4_FEW8}, {BNB_GEMM4_FEW16}, {BNB_GEMM4_FEW32}, {BNB_GEMM4_FEW64}};
 
-/* Of kernels wide32, ... grad256: rows of activations in a tile, and the time of a step of 64 along the sum. */
+/* Of kernels wide32, ... grad256: rows of activations and columns in a tile of a cluster, parts of its steps that its blocks
+ * take, and the time of a step of 64 along the sum. */
 static const struct wide {
-    int tokens, step_ns;
-} wide[] = {{32, 275}, {64, 345}, {128, 520}, {256, 715}, {128, 560}, {256, 850}};
+    int tokens, columns, parts, step_ns;
+} wide[] = {{32, 256, 1, 275},  {64, 256, 1, 345},  {128, 256, 1, 520}, {256, 256, 1, 715},
+            {128, 128, 2, 520}, {256, 128, 2, 715}, {128, 256, 1, 560}, {256, 256, 1, 850}};
 
 /* The largest m of each kernel on cards with wgmma, and on others; where one cannot, the next that can.  What follows the
  * few is chosen by its time. */
@@ -34,12 +36,15 @@ static const struct limit {
               {INT64_MAX, 0, BNB_GEMM4_KERNEL_GRAD256},
               {0, INT64_MAX, BNB_GEMM4_KERNEL_TILE}};
 
-/* What a tile costs beside its steps, as steps.  Adding up the sums of splits: a launch, and memory that is written once
- * and read once. */
-enum { EDGE = 3, SUM_NS = 1800, SUM_BYTES_PER_NS = 4950, FEWEST_STEPS = 4, SPLITS_MOST = 16 };
+/* What a tile costs beside its steps, as steps, and where its blocks exchange sums.  Adding up the sums of splits: a launch,
+ * and memory that is written once and read once. */
+enum { EDGE = 3, MEET_NS = 5300, SUM_NS = 1800, SUM_BYTES_PER_NS = 4950, FEWEST_STEPS = 4, SPLITS_MOST = 16 };
 
-/* Columns of a pair of blocks; the side of a tile of the tile kernel. */
-enum { PAIR = 256, TILE = 128 };
+/* Steps of a part, more than any ring has slots: so that no warp of a block is a whole tile ahead of another. */
+enum { FEWEST_MET = 8 };
+
+/* The side of a tile of the tile kernel. */
+enum { TILE = 128 };
 
 /* Rows of the weight that the copy engine takes at a time. */
 enum { BOX = 256 };
@@ -88,6 +93,8 @@ bool bnb_gemm4_can(enum bnb_gemm4_kernel kernel, const struct bnb_gemm4_shape *s
         return s->grad && s->k % 32 == 0 && inner % 8 == 0;
     if (s->grad || s->k % 64 != 0)
         return false;
+    if (kernel == BNB_GEMM4_KERNEL_MEET128 || kernel == BNB_GEMM4_KERNEL_MEET256)
+        return s->experts == 0 && s->k >= 2 * FEWEST_MET * 64;
     if (is_wide(kernel))
         return kernel > BNB_GEMM4_KERNEL_WIDE64 || s->block > 32;
     const struct few *f = &few[kernel - BNB_GEMM4_KERNEL_FEW8];
@@ -144,36 +151,46 @@ static struct bnb_gemm4_plan plan_few(enum bnb_gemm4_kernel kernel, const struct
 
 /* ---------------------------------------------------------------- many rows */
 
-/* Tiles of `tokens` rows, of 256 columns, in splits; experts have one more each, as far as there are rows. */
-static int64_t wide_tiles(int tokens, const struct bnb_gemm4_shape *s, int splits)
+/* Tiles of a cluster, in splits; experts have one more each, as far as there are rows. */
+static int64_t wide_tiles(const struct wide *w, const struct bnb_gemm4_shape *s, int splits)
 {
     const int64_t down =
-        s->experts > 0 ? s->m / tokens + (s->m < s->experts ? s->m : s->experts) : bnb_blocks(s->m, tokens);
-    return down * bnb_blocks(s->grad ? s->k : s->n, PAIR) * splits;
+        s->experts > 0 ? s->m / w->tokens + (s->m < s->experts ? s->m : s->experts) : bnb_blocks(s->m, w->tokens);
+    return down * bnb_blocks(s->grad ? s->k : s->n, w->columns) * splits;
 }
 
-static int64_t wide_steps(const struct bnb_gemm4_shape *s) { return bnb_blocks(s->grad ? s->n : s->k, 64); }
+static int64_t all_steps(const struct bnb_gemm4_shape *s) { return bnb_blocks(s->grad ? s->n : s->k, 64); }
 
-/* So many splits, or fewer if some would be empty. */
-static int wide_splits(const struct bnb_gemm4_shape *s, int splits)
+/* Steps of a part of a split. */
+static int64_t wide_steps(const struct wide *w, const struct bnb_gemm4_shape *s, int splits)
 {
-    return (int)bnb_blocks(wide_steps(s), bnb_blocks(wide_steps(s), splits));
+    return bnb_blocks(all_steps(s), (int64_t)w->parts * splits);
+}
+
+/* So many splits, or fewer if some would be empty; 0 if parts would be. */
+static int wide_splits(const struct wide *w, const struct bnb_gemm4_shape *s, int splits)
+{
+    const int64_t steps = wide_steps(w, s, splits), parts = bnb_blocks(all_steps(s), steps);
+    if (w->parts == 1)
+        return (int)parts;
+    return steps >= FEWEST_MET && parts == (int64_t)w->parts * splits ? splits : 0;
 }
 
 static int64_t wide_time(const struct wide *w, const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
                          int splits)
 {
-    const int64_t waves = bnb_blocks(wide_tiles(w->tokens, s, splits), card->sms / 2);
-    const int64_t steps = bnb_blocks(wide_steps(s), splits) + EDGE;
+    const int64_t waves = bnb_blocks(wide_tiles(w, s, splits), card->sms / 2);
+    const int64_t steps = wide_steps(w, s, splits) + EDGE;
     const int64_t sums = 8 * s->m * (s->grad ? s->k : s->n) * splits;
-    return waves * steps * w->step_ns + (splits > 1 ? SUM_NS + sums / SUM_BYTES_PER_NS : 0);
+    return waves * (steps * w->step_ns + (w->parts > 1 ? MEET_NS : 0)) +
+           (splits > 1 ? SUM_NS + sums / SUM_BYTES_PER_NS : 0);
 }
 
 static struct bnb_gemm4_plan plan_wide(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
                                        const struct bnb_gemm4_wish *wish)
 {
     struct bnb_gemm4_plan p = {.kernel = BNB_GEMM4_KERNEL_WIDE32, .splits = 1};
-    const int64_t steps = wide_steps(s), clusters = card->sms / 2;
+    const int64_t steps = all_steps(s), clusters = card->sms / 2;
     const int wanted = s->experts == 0 && wish->splits <= SPLITS_MOST && wish->splits <= steps ? wish->splits : 0;
     int64_t best = INT64_MAX;
     for (int i = BNB_GEMM4_KERNEL_WIDE32; i <= BNB_GEMM4_KERNEL_GRAD256; i++) {
@@ -184,17 +201,22 @@ static struct bnb_gemm4_plan plan_wide(const struct bnb_gemm4_shape *s, const st
         for (int splits = 1; splits <= SPLITS_MOST; splits++) {
             if (wanted > 0 ? splits != wanted : splits > 1 && (s->experts > 0 || steps / splits < FEWEST_STEPS))
                 continue;
-            const int64_t time = wide_time(w, s, card, wide_splits(s, splits));
+            const int some = wide_splits(w, s, splits);
+            const int64_t time = some > 0 ? wide_time(w, s, card, some) : INT64_MAX;
             if (time < best) {
                 best = time;
                 p.kernel = (enum bnb_gemm4_kernel)i;
-                p.splits = wide_splits(s, splits);
+                p.splits = some;
             }
         }
     }
-    const int64_t tiles = wide_tiles(bnb_gemm4_tokens(p.kernel), s, p.splits);
-    p.steps = (int)bnb_blocks(steps, p.splits);
+    if (best == INT64_MAX) /* the wish cuts what cannot be cut so */
+        return plan_wide(s, card, &(struct bnb_gemm4_wish){.kernel = wish->kernel});
+    const struct wide *w = &wide[p.kernel - BNB_GEMM4_KERNEL_WIDE32];
+    const int64_t tiles = wide_tiles(w, s, p.splits);
+    p.steps = (int)wide_steps(w, s, p.splits);
     p.grid = 2 * (tiles < clusters ? tiles : clusters);
+    p.meets = w->parts > 1 ? tiles : 0;
     return p;
 }
 

@@ -37,6 +37,8 @@ enum bnb_gemm4_kernel {
     BNB_GEMM4_KERNEL_WIDE64, /* up to here scales multiply sums, and blocks of 32 are too short for wide ones */
     BNB_GEMM4_KERNEL_WIDE128,
     BNB_GEMM4_KERNEL_WIDE256,
+    BNB_GEMM4_KERNEL_MEET128, /* as wide, but blocks of a cluster share a tile's steps, not its rows of activations */
+    BNB_GEMM4_KERNEL_MEET256,
     BNB_GEMM4_KERNEL_GRAD128,
     BNB_GEMM4_KERNEL_GRAD256,
     BNB_GEMM4_KERNEL_TILE, /* and its gradient */
@@ -67,6 +69,7 @@ struct bnb_gemm4_plan {
     int bands, slices, splits, steps, depth, stage; /* as struct bnb_cuda_gemm4_fast has them */
     int rows, shared;                               /* few: of the weight, bytes of shared memory, of a block */
     int64_t grid;                                   /* blocks */
+    int64_t meets;                                  /* tiles whose sums two blocks exchange */
 };
 
 /* Rows of activations in a tile of a wide kernel. */

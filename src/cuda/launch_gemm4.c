@@ -15,7 +15,7 @@ enum { THREADS = 256, WARPS = 8, TILE = 64, FEW = 8 };
 
 /* Of the wide kernels: threads, and shared memory as struct wide_shape lays it out.  ring, line: slots of activations and
  * of codes, of `step` bytes with their scales; piece: tokens that are stored at a time. */
-enum { WIDE_THREADS = 384, WIDE_WAYS_THREADS = 640, WIDE_FIXED = 65536 + 1024 };
+enum { WIDE_THREADS = 384, WIDE_WAYS_THREADS = 640, WIDE_FIXED = 65536 + 1024 + 8 };
 #define WIDE_SHARED(tokens, ring, line, step, piece) \
     (WIDE_FIXED + (ring) * ((tokens) * 128 + 16) + (line) * ((step) + 16) + 2 * (piece) * 128)
 
@@ -52,6 +52,10 @@ static struct bnb_cuda_kernel kernels[BNB_GEMM4_KERNELS][3] = {
         HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide128", WIDE_THREADS, WIDE_SHARED(128, 6, 8, 4096, 64)),
     [BNB_GEMM4_KERNEL_WIDE256] =
         HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide256", WIDE_THREADS, WIDE_SHARED(256, 4, 6, 4096, 32)),
+    [BNB_GEMM4_KERNEL_MEET128] =
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_meet128", WIDE_THREADS, WIDE_SHARED(128, 6, 8, 4096, 64)),
+    [BNB_GEMM4_KERNEL_MEET256] =
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_meet256", WIDE_THREADS, WIDE_SHARED(256, 4, 6, 4096, 32)),
     [BNB_GEMM4_KERNEL_GRAD128] =
         HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad128", WIDE_THREADS, WIDE_SHARED(128, 6, 8, 5120, 32)),
     [BNB_GEMM4_KERNEL_GRAD256] =
@@ -242,19 +246,23 @@ static bnb_status launch_fast(const struct bnb_cuda_call *c, const struct bnb_ge
     struct bnb_cuda_gemm4_wide p = {.fast = fast_of(g, plan, dtype)};
     struct bnb_cuda_kernel *kernel = &kernels[plan->kernel][dtype];
     const int64_t outer = g->grad ? g->k : g->n;
-    const size_t bytes = plan->splits > 1 ? (size_t)(plan->splits * g->m * outer) * sizeof(float) : 0;
+    const size_t partial = plan->splits > 1 ? (size_t)(plan->splits * g->m * outer) * sizeof(float) : 0;
+    const size_t meet =
+        plan->meets > 0 ? (size_t)(plan->meets * 128 * bnb_gemm4_tokens(plan->kernel)) * sizeof(float) : 0;
+    const size_t behind = (partial + 255) / 256 * 256, bytes = meet ? behind + meet : partial;
     bnb_status status = BNB_OK;
     void *memory = NULL;
     if (bytes > 0)
         status = bnb_cuda_alloc(c, bytes, &memory);
-    p.fast.partial = memory;
+    p.fast.partial = partial > 0 ? memory : NULL;
+    p.fast.meet = meet > 0 && memory ? (float *)((char *)memory + behind) : NULL;
     if (!status && plan->kernel == BNB_GEMM4_KERNEL_TILE)
         status = bnb_cuda_launch_over(c, g->grad ? &tile_grad[dtype] : kernel, plan->grid, &p.fast);
     else if (!status && plan->kernel >= BNB_GEMM4_KERNEL_WIDE32)
         status = launch_wide(c, plan, &p, kernel);
     else if (!status)
         status = launch_few(c, plan, &p, kernel);
-    if (!status && memory)
+    if (!status && partial > 0)
         status = launch_sum(c, &p.fast, dtype);
     bnb_cuda_free(c, memory, bytes);
     return status;

@@ -48,14 +48,17 @@ static void check_few(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_ca
 static void check_wide(const struct bnb_gemm4_shape *s, const struct bnb_gemm4_card *card,
                        const struct bnb_gemm4_plan *p, const char *what)
 {
-    const int64_t inner = s->grad ? s->n : s->k, steps = ceil_of(inner, 64);
+    const bool meets = p->kernel == BNB_GEMM4_KERNEL_MEET128 || p->kernel == BNB_GEMM4_KERNEL_MEET256;
+    const int64_t inner = s->grad ? s->n : s->k, steps = ceil_of(inner, 64), parts = p->splits * (meets ? 2 : 1);
     CHECK(card->capability == 90 && card->tensor_copies, "%s", what);
     CHECK(s->grad ? s->k % 32 == 0 && s->n % 8 == 0 : s->k % 64 == 0, "%s", what);
     CHECK(s->grad == (p->kernel >= BNB_GEMM4_KERNEL_GRAD128), "%s", what);
     CHECK(s->block > 32 || p->kernel > BNB_GEMM4_KERNEL_WIDE64, "%s", what);
     CHECK(p->grid >= 2 && p->grid % 2 == 0 && p->grid <= card->sms, "%s: grid %lld", what, (long long)p->grid);
-    CHECK(p->splits >= 1 && (int64_t)p->splits * p->steps >= steps, "%s: the sum is not covered", what);
-    CHECK((int64_t)(p->splits - 1) * p->steps < steps, "%s: an empty split", what);
+    CHECK(p->splits >= 1 && parts * p->steps >= steps, "%s: the sum is not covered", what);
+    CHECK((parts - 1) * p->steps < steps, "%s: an empty split", what);
+    CHECK(!meets || (p->steps >= 8 && p->meets > 0 && s->experts == 0), "%s: %d steps of a part", what, p->steps);
+    CHECK(meets || p->meets == 0, "%s: room for %lld", what, (long long)p->meets);
     CHECK(s->experts == 0 || p->splits == 1, "%s: experts in splits", what);
 }
 

@@ -33,6 +33,8 @@ FORWARD = {
     "wide64": [1, 33, 64, 65, 130],
     "wide128": [1, 64, 128, 129, 300],
     "wide256": [1, 129, 256, 257, 700],
+    "meet128": [1, 64, 128, 129, 300],
+    "meet256": [1, 129, 256, 257, 700],
     "tile": [1, 64, 128, 129, 300],
     "plain": [1, 4, 9, 70],
 }
@@ -149,7 +151,7 @@ def test_blocks(ask, kernel, block):
 
 @pytest.mark.parametrize("bands", [0, 1, 2, 5, 16])
 @pytest.mark.parametrize("splits", [0, 1, 2, 5])
-@pytest.mark.parametrize("kernel", [name for name in [*FORWARD, *GRAD] if name[0] in "fwg"])
+@pytest.mark.parametrize("kernel", [name for name in [*FORWARD, *GRAD] if name[0] in "fwmg"])
 def test_cuts(ask, kernel, splits, bands):
     """The same numbers, within rounding, however the work is cut; and the same bits for the same cut."""
     if bands > 0 and not kernel.startswith("few"):

@@ -28,10 +28,13 @@
  * they are within 2^-13 the numbers that dequantising gives. */
 enum { WIDE_SUMS, WIDE_WEIGHTS, WIDE_GRAD };
 
-template <int COUNT, int HOW> struct wide_shape {
+/* MEET: the two blocks of a cluster have the same 128 columns, and each half of the steps; else all steps, of 128 columns each. */
+template <int COUNT, int HOW, bool MEET = false> struct wide_shape {
     enum {
         TOKENS = COUNT,
         MODE = HOW,
+        MEETS = MEET,
+        ACROSS = MEET ? 128 : 256, /* columns of a cluster */
         GRAD = HOW == WIDE_GRAD,
         WAYS = COUNT < 128 ? 2 : 1,
         SHORT = HOW == WIDE_WEIGHTS && WAYS == 1, /* blocks may be of 32; registers are too few elsewhere */
@@ -58,7 +61,7 @@ template <int COUNT, int HOW> struct wide_shape {
         SCALES_AT = CODES_AT + LINE * CODES,
         STAGING_AT = SCALES_AT + LINE * SCALES,
         MAP2_AT = STAGING_AT + 2 * STAGING,
-        BARRIERS_AT = MAP2_AT + 1024 /* full and empty of the ring, then of the line */
+        BARRIERS_AT = MAP2_AT + 1024 /* full and empty of the ring, then of the line; that of sums that meet */
     };
 };
 
@@ -84,11 +87,12 @@ DEVICE struct walk<int> wide_start()
 template <class S> DEVICE bool wide_next(const struct bnb_cuda_gemm4_fast &p, struct walk<int> *w, struct wide_tile *t)
 {
     const struct walk_work work = {p.first, p.g.m, p.experts, p.splits};
-    if (!walk_next(work, S::TOKENS, (wide_outer<S>(p) + 255) / 256, (int)gridDim.x / 2, w, &t->at))
+    if (!walk_next(work, S::TOKENS, (wide_outer<S>(p) + S::ACROSS - 1) / S::ACROSS, (int)gridDim.x / 2, w, &t->at))
         return false;
-    const int left = (wide_inner<S>(p) + 63) / 64 - t->at.split * p.steps;
-    t->column = t->at.column * 256 + (int)cluster_rank() * 128;
-    t->step = t->at.split * p.steps;
+    const int rank = (int)cluster_rank(), part = S::MEETS ? t->at.split * 2 + rank : t->at.split;
+    const int left = (wide_inner<S>(p) + 63) / 64 - part * p.steps;
+    t->column = S::MEETS ? t->at.column * 128 : t->at.column * 256 + rank * 128;
+    t->step = part * p.steps;
     t->steps = left < p.steps ? left : p.steps;
     return true;
 }
@@ -129,6 +133,7 @@ template <class S> DEVICE uint64_t *wide_codes_empty(unsigned char *memory)
 {
     return wide_codes_full<S>(memory) + S::LINE;
 }
+template <class S> DEVICE uint64_t *wide_met(unsigned char *memory) { return wide_codes_empty<S>(memory) + S::LINE; }
 
 template <class S> DEVICE void wide_bring(const struct bnb_cuda_gemm4_wide &p, unsigned char *memory)
 {
@@ -141,8 +146,14 @@ template <class S> DEVICE void wide_bring(const struct bnb_cuda_gemm4_wide &p, u
         for (int i = 0; i < t.steps; i++) {
             barrier_wait(empty + x.at, x.parity ^ 1);
             barrier_expect(full + x.at, S::X_BYTES);
-            copy_box_to(memory + S::X_AT + x.at * S::X_BYTES + rank * (S::X_BYTES / 2), &p.x, (t.step + i) * 64,
-                        t.at.token + rank * half, full + x.at, 3);
+            unsigned char *to = memory + S::X_AT + x.at * S::X_BYTES;
+            if (S::MEETS) {
+                copy_box(to, &p.x, (t.step + i) * 64, t.at.token, full + x.at);
+                copy_box(to + S::X_BYTES / 2, &p.x, (t.step + i) * 64, t.at.token + half, full + x.at);
+            } else {
+                copy_box_to(to + rank * (S::X_BYTES / 2), &p.x, (t.step + i) * 64, t.at.token + rank * half,
+                            full + x.at, 3);
+            }
             wide_advance<S::RING>(&x, 1);
         }
     }
@@ -187,8 +198,11 @@ struct wide_thread {
 /* The activations of the step before have been multiplied. */
 template <class S> DEVICE void wide_release(const struct wide_thread &w)
 {
-    if (w.lane < 2)
-        barrier_arrive_at(wide_empty<S>(w.memory) + w.last_x, (unsigned)w.lane);
+    uint64_t *empty = wide_empty<S>(w.memory) + w.last_x;
+    if (S::MEETS && w.lane == 0)
+        barrier_arrive(empty);
+    else if (!S::MEETS && w.lane < 2)
+        barrier_arrive_at(empty, (unsigned)w.lane);
 }
 
 /* The codes of the step before have been read. */
@@ -204,6 +218,12 @@ enum { WIDE_STORE = 1, WIDE_WAYS = 3 };
 
 /* ---------------------------------------------------------------- results */
 
+/* Of the sums of a thread, does this block store number i of `count`? */
+template <class S> DEVICE bool wide_is_own(int i, int count)
+{
+    return !S::MEETS || i / (count / 2) == (int)cluster_rank();
+}
+
 /* Sums as they are, of a split. */
 template <class S>
 DEVICE void wide_store_split(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t,
@@ -214,7 +234,7 @@ DEVICE void wide_store_split(const struct bnb_cuda_gemm4_fast &p, const struct w
 #pragma unroll
     for (int i = 0; i < S::SUMS; i++) {
         const int token = first + i / 4 * 8 + i % 2, column = t.column + (i % 4 / 2 ? w.second : w.first);
-        if (token < t.at.end && column < outer)
+        if (wide_is_own<S>(i, S::SUMS) && token < t.at.end && column < outer)
             to[(int64_t)token * outer + column] = sums[i];
     }
 }
@@ -254,6 +274,8 @@ DEVICE void wide_store(const struct bnb_cuda_gemm4_wide &p, const struct wide_ti
     unsigned char *staging = w.memory + S::STAGING_AT + w.group * S::STAGING;
 #pragma unroll
     for (int c = 0; c < S::TOKENS / S::PIECE; c++) {
+        if (!wide_is_own<S>(c, S::TOKENS / S::PIECE))
+            continue;
         some_barrier(WIDE_STORE + w.group, 128);
 #pragma unroll
         for (int i = 0; i < S::PIECE / 16; i++)

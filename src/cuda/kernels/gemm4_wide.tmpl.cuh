@@ -7,9 +7,9 @@
 #error "compute capability 9.0 is built as 90a: without it there would be no body here"
 #endif
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define WIDE_BODY(TOKENS, MODE) wide_product<T, wide_shape<TOKENS, MODE>>(p)
+#define WIDE_BODY(...) wide_product<T, wide_shape<__VA_ARGS__>>(p)
 #else
-#define WIDE_BODY(TOKENS, MODE) (void)p
+#define WIDE_BODY(...) (void)p
 #endif
 
 extern "C" __global__ void __launch_bounds__(640, 1)
@@ -34,6 +34,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     NAME(bnb_k_gemm4_wide256)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
 {
     WIDE_BODY(256, WIDE_WEIGHTS);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    NAME(bnb_k_gemm4_meet128)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
+{
+    WIDE_BODY(128, WIDE_WEIGHTS, true);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    NAME(bnb_k_gemm4_meet256)(const IN_PLACE struct bnb_cuda_gemm4_wide p)
+{
+    WIDE_BODY(256, WIDE_WEIGHTS, true);
 }
 
 /* out [m, k] = x [m, n] W */

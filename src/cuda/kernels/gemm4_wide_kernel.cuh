@@ -68,10 +68,46 @@ template <class S> DEVICE void wide_meet_ways(const struct wide_thread &w, float
     }
 }
 
+/* Half of the sums goes to the other block, by way of memory that lies in the second-level cache, and its half of the same
+ * tokens is added to the other half.  Two numbers have one sum, whoever adds.  parity: of the tile's number. */
+template <class S>
+DEVICE void wide_meet_blocks(const struct bnb_cuda_gemm4_fast &p, const struct wide_tile &t,
+                             const struct wide_thread &w, unsigned parity, float (&sums)[S::SUMS])
+{
+    enum { HALF = S::SUMS / 2, APART = S::WORKERS };
+    const int rank = (int)cluster_rank(), down = ((int)p.g.m + S::TOKENS - 1) / S::TOKENS;
+    const int64_t tile =
+        ((int64_t)t.at.split * down + t.at.token / S::TOKENS) * ((wide_outer<S>(p) + 127) / 128) + t.at.column;
+    float4 *room = (float4 *)p.meet + tile * (S::SUMS / 4 * APART) + (w.group * 4 + w.warp) * 32 + w.lane;
+    float4 *to = room + (1 - rank) * (HALF / 4 * APART);
+    const float4 *from = room + rank * (HALF / 4 * APART);
+#pragma unroll
+    for (int i = 0; i < HALF; i += 4) {
+        const float4 first = {sums[i], sums[i + 1], sums[i + 2], sums[i + 3]};
+        const float4 last = {sums[HALF + i], sums[HALF + i + 1], sums[HALF + i + 2], sums[HALF + i + 3]};
+        __stcg(to + i / 4 * APART, rank ? first : last);
+    }
+    __threadfence();
+    __syncwarp();
+    if (w.lane == 0)
+        barrier_give_to(wide_met<S>(w.memory), (unsigned)(1 - rank));
+    barrier_take(wide_met<S>(w.memory), parity);
+#pragma unroll
+    for (int i = 0; i < HALF; i += 4) {
+        const float4 v = __ldcg(from + i / 4 * APART);
+        if (rank)
+            sums[HALF + i] += v.x, sums[HALF + i + 1] += v.y, sums[HALF + i + 2] += v.z, sums[HALF + i + 3] += v.w;
+        else
+            sums[i] += v.x, sums[i + 1] += v.y, sums[i + 2] += v.z, sums[i + 3] += v.w;
+    }
+}
+
 template <typename T, class S>
 DEVICE void wide_store_tile(const struct bnb_cuda_gemm4_wide &p, const struct wide_tile &t, const struct wide_thread &w,
-                            float (&sums)[S::SUMS])
+                            unsigned parity, float (&sums)[S::SUMS])
 {
+    if constexpr (S::MEETS)
+        wide_meet_blocks<S>(p.fast, t, w, parity, sums);
     if constexpr (S::WAYS == 2) {
         wide_meet_ways<S>(w, sums);
         if (w.way == 1)
@@ -90,6 +126,7 @@ DEVICE void wide_multiply_forward(const struct bnb_cuda_gemm4_wide &p, struct wi
     struct wide_tile t, next;
     struct wide_forward d = {};
     bool there = wide_next_of_way<S>(p.fast, w, &walk, &next);
+    unsigned parity = 0;
     if (there)
         wide_rows_begin<S>(p.fast, next, w, &d.rows);
     while (there) {
@@ -103,7 +140,8 @@ DEVICE void wide_multiply_forward(const struct bnb_cuda_gemm4_wide &p, struct wi
         there = wide_next_of_way<S>(p.fast, w, &walk, &next);
         if (there) /* its scales come while these results go */
             wide_rows_begin<S>(p.fast, next, w, &d.rows);
-        wide_store_tile<T, S>(p, t, w, sums);
+        wide_store_tile<T, S>(p, t, w, parity, sums);
+        parity ^= 1;
     }
 }
 
@@ -117,7 +155,7 @@ DEVICE void wide_multiply_grad(const struct bnb_cuda_gemm4_wide &p, struct wide_
         float sums[S::SUMS];
         wide_steps<T, S>(p.fast, t, &w, &d, sums);
         wide_align<S>(t, &w);
-        wide_store_tile<T, S>(p, t, w, sums);
+        wide_store_tile<T, S>(p, t, w, 0, sums);
     }
 }
 
@@ -138,12 +176,14 @@ template <typename T, class S> DEVICE void wide_product(const struct bnb_cuda_ge
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::RING; i++) {
             barrier_init(wide_full<S>(memory) + i, 1);
-            barrier_init(wide_empty<S>(memory) + i, 16); /* eight warps of each block */
+            barrier_init(wide_empty<S>(memory) + i, S::MEETS ? 8 : 16); /* eight warps of each block that shares it */
         }
         for (int i = 0; i < S::LINE; i++) {
             barrier_init(wide_codes_full<S>(memory) + i, S::GRAD ? 3 : 1);
             barrier_init(wide_codes_empty<S>(memory) + i, 8);
         }
+        if (S::MEETS)
+            barrier_init(wide_met<S>(memory), 8);
         barriers_ready();
     }
     wide_table<T, S>(p.fast, memory);

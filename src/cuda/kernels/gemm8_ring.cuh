@@ -177,9 +177,8 @@ template <class Ring> DEVICE int listed8(const Ring &ring, int i, int picked)
     return i < picked ? ring.list[i] : NO_COLUMN8;
 }
 
-/* By the warp that picks: the first `picked` columns of a tile, from `steps` steps of its sum from `step` on.  It passes a
- * stage without columns before that is full, so that nobody waits for it.  The others of the sum's columns are other blocks'
- * work; they are all here when the cluster meets. */
+/* By the warp that picks: the first `picked` columns of a tile, from `steps` steps of its sum from `step` on.  The
+ * others of the sum's columns are other blocks' work; they are all here when the cluster meets. */
 template <int STAGES, int CHUNKS, class Ring>
 DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ranks, struct turn8 &stage,
                        struct turn8 chunk)
@@ -190,10 +189,7 @@ DEVICE void pick_tile8(const Ring &ring, int picked, int step, int steps, int ra
     while ((column = listed8(ring, next, picked)) < step * TILE8_DEPTH)
         next++;
     for (int k = step; k < step + steps; k++) {
-        if (column >= (k + 1) * TILE8_DEPTH)
-            barrier_wait(ring.empty + stage.at, stage.parity ^ 1u);
-        else
-            barrier_wait(ring.full + stage.at, stage.parity);
+        barrier_wait(ring.full + stage.at, stage.parity);
         for (; column < (k + 1) * TILE8_DEPTH; column = listed8(ring, ++next, picked)) {
             const unsigned at = ((unsigned)chunk.at + (unsigned)next / TILE8_COLUMNS) % CHUNKS;
             pick8(ring.stages + stage.at * Ring::STAGE, (unsigned)(column - k * TILE8_DEPTH),

@@ -45,6 +45,24 @@ DEVICE void barrier_arrive_at(uint64_t *barrier, unsigned rank)
                  : "memory");
 }
 
+/* Arrive at a peer's barrier: what this warp has written, and fenced, is there for who waits. */
+DEVICE void barrier_give_to(uint64_t *barrier, unsigned rank)
+{
+    asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)),
+                 "r"(rank)
+                 : "memory");
+}
+
+DEVICE void barrier_take(uint64_t *barrier, unsigned parity)
+{
+    asm volatile("{\n\t.reg .pred done;\n\tAGAIN_%=:\n\t"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+                 "@!done bra AGAIN_%=;\n\t}" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+
 /* ---------------------------------------------------------------- tensor copies */
 
 /* The box of a tensor map at column x and row y; the barrier of each block it lands in counts its bytes. */

@@ -167,14 +167,16 @@ struct bnb_cuda_gemm4 {
  *   first    [experts + 1]: the weight is [experts, n, k], and rows first[e] to first[e + 1] of x and out are expert e's;
  *            NULL: one weight, and all m rows
  *   partial  [splits][m][n]: sums of the splits of K, added by another kernel; NULL without splits
- *   steps    along K, of each split
+ *   meet     [tiles of 128 columns][2][128][tokens / 2]: where the two blocks of a cluster, with half of a split each,
+ *            exchange sums, for kernels that do
+ *   steps    along K, of each split or half of one
  *   few      a block of threads multiplies `bands` bands of rows of the weight; a band's K lies with `slices` warps in
  *            turn.  depth: steps under way, of `stage` bytes each
  */
 struct bnb_cuda_gemm4_fast {
     struct bnb_gemm4_block g;
     const int64_t *first;
-    float *partial;
+    float *partial, *meet;
     float values[16], shrink;
     int shift, shift2, experts, splits, steps, store;
     int bands, slices, depth, stage;
