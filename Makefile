@@ -107,6 +107,9 @@ bench: $(ENV)/test.stamp $(ENV)/installed.stamp ## time every operation against 
 	build/release/bench/bnb_bench --json build/bench.json $(BENCH_ARGS)
 	$(PY) bench/bench_torch.py --json build/bench_torch.json
 
+# Of builds that are about the C code: nvcc compiles all kernels in the others.
+NO_DEVICE_CODE = -DBNB_NVCC=off
+
 .PHONY: lint
 lint: $(ENV)/lint.stamp ## layout, warnings, static analysis, layers, exported symbols
 	clang-format --dry-run -Werror $(C_FILES)
@@ -114,11 +117,11 @@ lint: $(ENV)/lint.stamp ## layout, warnings, static analysis, layers, exported s
 	ruff format --check .
 	$(PY) tools/check_tree.py
 	$(PY) tools/check_includes.py
-	$(call cmake_build,lint,-DBNB_WERROR=ON)
+	$(call cmake_build,lint,-DBNB_WERROR=ON $(NO_DEVICE_CODE))
 	$(PY) tools/check_symbols.py build/lint/libbitsandbytes.so include/bitsandbytes.h src/clients/ctypes.h
 	find src examples -name '*.c' -print0 | xargs -0 -n 1 -P $(JOBS) clang-tidy -p build/lint --quiet
 	if command -v clang >/dev/null; then \
-	    $(call cmake_build,lint-clang,-DBNB_WERROR=ON -DCMAKE_C_COMPILER=clang); \
+	    $(call cmake_build,lint-clang,-DBNB_WERROR=ON -DCMAKE_C_COMPILER=clang $(NO_DEVICE_CODE)); \
 	else \
 	    echo "lint: clang is not installed, its warnings were not checked"; \
 	fi
@@ -131,7 +134,8 @@ format: $(ENV)/lint.stamp ## rewrite the layout of every file
 
 .PHONY: sanitize
 sanitize: $(ENV)/build.stamp ## the C tests and fuzz regressions under ASan and UBSan
-	$(call cmake_build,sanitize,-DBNB_SANITIZE=address$(comma)undefined -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_FLAGS_DEBUG='-O1 -g')
+	$(call cmake_build,sanitize,-DBNB_SANITIZE=address$(comma)undefined -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_FLAGS_DEBUG='-O1 -g' \
+	    $(NO_DEVICE_CODE))
 	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 $(call run_ctest,sanitize)
 
 .PHONY: fuzz
