@@ -8,7 +8,7 @@
  * to be cleared before.  Of many, rows' blocks collect columns as bits in shared memory, then set them in memory that was
  * cleared before.
  *
- * Outliers take the same way as other elements: a branch would cost more in instructions that are not at hand than it saves.
+ * Outliers take the same way as other elements, without a branch.
  */
 #include "cuda/kernels/early.cuh"
 #include "cuda/kernels/rows8.cuh"
