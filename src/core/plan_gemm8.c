@@ -28,12 +28,6 @@ static bool can(enum bnb_gemm8_way way, const struct bnb_gemm8_shape *s, const s
     return way == BNB_GEMM8_MMA ? card->capability >= 80 : card->capability == 90 && card->bulk;
 }
 
-/* A launch more takes as long as tiles of a few tokens do for a few columns; and there are more columns where k is large. */
-static bool lists(const struct bnb_gemm8_shape *s, enum bnb_gemm8_way way, int tokens)
-{
-    return way == BNB_GEMM8_WIDE || (way == BNB_GEMM8_NARROW && tokens == 128 && s->k > 4096);
-}
-
 /* ---- what a plan takes */
 
 /* A kind of tile, for so many tokens at most in all.  What it takes, in hundredths of a microsecond; group: rows of tiles of a
@@ -71,7 +65,7 @@ static int64_t cost_of(const struct bnb_gemm8_shape *s, const struct bnb_gemm8_c
 
 static struct bnb_gemm8_plan best_of(const struct bnb_gemm8_shape *s, const struct bnb_gemm8_card *card)
 {
-    struct bnb_gemm8_plan best = {BNB_GEMM8_PLAIN, 0, 1, 1, 1, false};
+    struct bnb_gemm8_plan best = {BNB_GEMM8_PLAIN, 0, 1, 1, 1};
     int64_t least = INT64_MAX;
     for (int i = 0; i < KINDS; i++) {
         const int most = kinds[i].way == BNB_GEMM8_NARROW ? MAX_SPLIT : 1;
@@ -80,8 +74,7 @@ static struct bnb_gemm8_plan best_of(const struct bnb_gemm8_shape *s, const stru
             if (s->m > kinds[i].most || cost >= least)
                 continue;
             least = cost;
-            best = (struct bnb_gemm8_plan){
-                kinds[i].way, kinds[i].tokens, split, 1, kinds[i].group, lists(s, kinds[i].way, kinds[i].tokens)};
+            best = (struct bnb_gemm8_plan){kinds[i].way, kinds[i].tokens, split, 1, kinds[i].group};
         }
     }
     return best;
@@ -89,8 +82,7 @@ static struct bnb_gemm8_plan best_of(const struct bnb_gemm8_shape *s, const stru
 
 struct bnb_gemm8_plan bnb_plan_gemm8(const struct bnb_gemm8_shape *s, const struct bnb_gemm8_card *card)
 {
-    const struct bnb_gemm8_plan plain = {BNB_GEMM8_PLAIN, 0, 1, 1, 1, false},
-                                mma = {BNB_GEMM8_MMA, ROWS, 1, 1, 8, false};
+    const struct bnb_gemm8_plan plain = {BNB_GEMM8_PLAIN, 0, 1, 1, 1}, mma = {BNB_GEMM8_MMA, ROWS, 1, 1, 8};
     if (can(BNB_GEMM8_WIDE, s, card))
         return best_of(s, card);
     return s->m > FEW && can(BNB_GEMM8_MMA, s, card) ? mma : plain;
@@ -99,6 +91,12 @@ struct bnb_gemm8_plan bnb_plan_gemm8(const struct bnb_gemm8_shape *s, const stru
 /* ---- a layer's activations */
 
 bool bnb_plan_linear8_twice(int64_t bytes) { return bytes <= (int64_t)6 << 20; }
+
+/* A launch more takes as long as tiles of a few tokens do for a few columns; and there are more columns where k is large. */
+bool bnb_plan_linear8_lists(const struct bnb_gemm8_plan *p, int64_t k)
+{
+    return p->way == BNB_GEMM8_WIDE || (p->way == BNB_GEMM8_NARROW && p->tokens == 128 && k > 4096);
+}
 
 /* ---- the gradient */
 
@@ -139,7 +137,7 @@ bool bnb_plan_gemm8_named(const char *text, const struct bnb_gemm8_shape *s, con
                           struct bnb_gemm8_plan *plan)
 {
     static const char *const names[] = {"plain", "mma", "narrow", "wide"};
-    struct bnb_gemm8_plan p = {BNB_GEMM8_PLAIN, ROWS, 1, 1, 8, false};
+    struct bnb_gemm8_plan p = {BNB_GEMM8_PLAIN, ROWS, 1, 1, 8};
     char name[8] = "";
     if (!read_plan(text, name, (int *const[]){&p.tokens, &p.split, &p.share, &p.group}, 4))
         return false;
@@ -156,7 +154,6 @@ bool bnb_plan_gemm8_named(const char *text, const struct bnb_gemm8_shape *s, con
     const bool share = p.share == 1 || (p.way == BNB_GEMM8_WIDE && p.share == 2);
     if (way == 4 || !can(p.way, s, card) || !tokens || !split || !share || p.group < 1)
         return false;
-    p.lists = lists(s, p.way, p.tokens);
     *plan = p;
     return true;
 }

@@ -26,18 +26,19 @@ struct bnb_gemm8_shape {
     bool whole;
 };
 
-/* tokens: of a tile.  split: 1, 2, 4 or 8.  share: 1 or 2.  group: rows of tiles that are neighbours in time.  lists: outlier
- * columns are listed, and activations in them gathered, before and not by the tiles. */
+/* tokens: of a tile.  split: 1, 2, 4 or 8.  share: 1 or 2.  group: rows of tiles that are neighbours in time. */
 struct bnb_gemm8_plan {
     enum bnb_gemm8_way way;
     int tokens, split, share, group;
-    bool lists;
 };
 
 struct bnb_gemm8_plan bnb_plan_gemm8(const struct bnb_gemm8_shape *shape, const struct bnb_gemm8_card *card);
 
 /* Are activations of so many bytes few enough to be read twice, by different blocks? */
 bool bnb_plan_linear8_twice(int64_t bytes);
+
+/* Are outlier columns listed, and activations in them gathered, before the product and not by its tiles? */
+bool bnb_plan_linear8_lists(const struct bnb_gemm8_plan *plan, int64_t k);
 
 /* The gradient, [m, n] times [n, k]: tokens of a tile on 9.0, 128 or 256; 0: the plain kernel.  whole: both matrices can be
  * read, and the result written, in pieces of 16 bytes. */

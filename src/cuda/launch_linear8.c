@@ -111,7 +111,7 @@ static bnb_status run(const struct bnb_cuda_call *c, const struct bnb_linear8_bl
         status = hold_flagged(c, &q, dtype);
     if (status || l->n == 0)
         return status;
-    if (outlier && plan.lists) {
+    if (outlier && bnb_plan_linear8_lists(&plan, l->k)) {
         p.list = (int *)(memory + room->list);
         p.values = memory + room->values;
         status = list_columns(c, &p);
