@@ -21,6 +21,24 @@
 /* Of a tile of sums when warps meet, in floats. */
 #define BNB_GEMM4_FEW_SUMS 160
 
+/* Kernels for many rows, by the rows of activations in a tile; grad: those of the gradient.  Slots for activations, and for
+ * codes with their scales; tokens that are stored at a time, and bytes of a warpgroup for that or for sums that two ways
+ * exchange; shared memory: the table of pairs, all slots, what is stored, a map, barriers. */
+#define BNB_GEMM4_WIDE_RING(tokens) ((tokens) == 256 ? 4 : (tokens) == 128 ? 6 : 8)
+#define BNB_GEMM4_WIDE_LINE(tokens, grad) ((tokens) < 256 ? 8 : (grad) ? 5 : 6)
+#define BNB_GEMM4_WIDE_CODES 4096
+#define BNB_GEMM4_WIDE_SCALES(grad) ((grad) ? 1024 : 0)
+#define BNB_GEMM4_WIDE_PIECE(tokens, grad) ((grad) || (tokens) == 256 ? 32 : (tokens) < 64 ? (tokens) : 64)
+#define BNB_GEMM4_WIDE_STAGING(tokens, grad) ((tokens) < 128 ? 8192 : BNB_GEMM4_WIDE_PIECE(tokens, grad) * 128)
+#define BNB_GEMM4_WIDE_SHARED(tokens, grad)                                                          \
+    (65536 + BNB_GEMM4_WIDE_RING(tokens) * ((tokens) * 128 + 16) +                                   \
+     BNB_GEMM4_WIDE_LINE(tokens, grad) * (BNB_GEMM4_WIDE_CODES + BNB_GEMM4_WIDE_SCALES(grad) + 16) + \
+     2 * BNB_GEMM4_WIDE_STAGING(tokens, grad) + 1024 + 8)
+
+/* Shared memory of the tile kernels: the table of pairs for each eighth lane, a map and its offset, two steps of activations and
+ * of decoded weights, and two of codes. */
+#define BNB_GEMM4_TILE_SHARED (8192 + 1024 + 128 + 4 * 128 * 64 * 2 + 2 * 128 * 64 / 2)
+
 #if !defined(__CUDACC__)
 #include <stdbool.h>
 #include <stddef.h>

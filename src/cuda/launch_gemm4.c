@@ -13,14 +13,8 @@
 /* Of the plain kernels: threads of a block, rows of the weight that one takes at a time, the side of a tile, few rows. */
 enum { THREADS = 256, WARPS = 8, TILE = 64, FEW = 8 };
 
-/* Of the wide kernels: threads, and shared memory as struct wide_shape lays it out.  ring, line: slots of activations and
- * of codes, of `step` bytes with their scales; piece: tokens that are stored at a time. */
-enum { WIDE_THREADS = 384, WIDE_WAYS_THREADS = 640, WIDE_FIXED = 65536 + 1024 + 8 };
-#define WIDE_SHARED(tokens, ring, line, step, piece) \
-    (WIDE_FIXED + (ring) * ((tokens) * 128 + 16) + (line) * ((step) + 16) + 2 * (piece) * 128)
-
-/* As gemm4_tile.cuh lays it out. */
-enum { TILE_THREADS = 256, TILE_SHARED = 8192 + 1024 + 128 + 4 * 128 * 64 * 2 + 2 * 128 * 64 / 2 };
+/* Threads of the wide kernels, of those where two ways take steps in turn, and of the tile kernels. */
+enum { WIDE_THREADS = 384, WIDE_WAYS_THREADS = 640, TILE_THREADS = 256 };
 
 /* The two variants of a kernel: f16, bf16; an initialiser of struct bnb_cuda_kernel [BNB_FLOATS], of which [0] is empty. */
 #define HALVES(file, since, prefix, count, bytes) \
@@ -45,24 +39,24 @@ static struct bnb_cuda_kernel kernels[BNB_GEMM4_KERNELS][3] = {
     [BNB_GEMM4_KERNEL_FEW32] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few32", 384, BNB_CUDA_ALL_SHARED),
     [BNB_GEMM4_KERNEL_FEW64] = HALVES("gemm4_few", 80, "bnb_k_gemm4_few64", 256, BNB_CUDA_ALL_SHARED),
     [BNB_GEMM4_KERNEL_WIDE32] =
-        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide32", WIDE_WAYS_THREADS, WIDE_SHARED(32, 8, 8, 4096, 64)),
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide32", WIDE_WAYS_THREADS, BNB_GEMM4_WIDE_SHARED(32, false)),
     [BNB_GEMM4_KERNEL_WIDE64] =
-        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide64", WIDE_WAYS_THREADS, WIDE_SHARED(64, 8, 8, 4096, 64)),
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide64", WIDE_WAYS_THREADS, BNB_GEMM4_WIDE_SHARED(64, false)),
     [BNB_GEMM4_KERNEL_WIDE128] =
-        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide128", WIDE_THREADS, WIDE_SHARED(128, 6, 8, 4096, 64)),
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide128", WIDE_THREADS, BNB_GEMM4_WIDE_SHARED(128, false)),
     [BNB_GEMM4_KERNEL_WIDE256] =
-        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide256", WIDE_THREADS, WIDE_SHARED(256, 4, 6, 4096, 32)),
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide256", WIDE_THREADS, BNB_GEMM4_WIDE_SHARED(256, false)),
     [BNB_GEMM4_KERNEL_MEET128] =
-        HALVES("gemm4_wide", 90, "bnb_k_gemm4_meet128", WIDE_THREADS, WIDE_SHARED(128, 6, 8, 4096, 64)),
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_meet128", WIDE_THREADS, BNB_GEMM4_WIDE_SHARED(128, false)),
     [BNB_GEMM4_KERNEL_MEET256] =
-        HALVES("gemm4_wide", 90, "bnb_k_gemm4_meet256", WIDE_THREADS, WIDE_SHARED(256, 4, 6, 4096, 32)),
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_meet256", WIDE_THREADS, BNB_GEMM4_WIDE_SHARED(256, false)),
     [BNB_GEMM4_KERNEL_GRAD128] =
-        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad128", WIDE_THREADS, WIDE_SHARED(128, 6, 8, 5120, 32)),
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad128", WIDE_THREADS, BNB_GEMM4_WIDE_SHARED(128, true)),
     [BNB_GEMM4_KERNEL_GRAD256] =
-        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad256", WIDE_THREADS, WIDE_SHARED(256, 4, 5, 5120, 32)),
-    [BNB_GEMM4_KERNEL_TILE] = HALVES("gemm4_tile", 80, "bnb_k_gemm4_tile", TILE_THREADS, TILE_SHARED)};
+        HALVES("gemm4_wide", 90, "bnb_k_gemm4_wide_grad256", WIDE_THREADS, BNB_GEMM4_WIDE_SHARED(256, true)),
+    [BNB_GEMM4_KERNEL_TILE] = HALVES("gemm4_tile", 80, "bnb_k_gemm4_tile", TILE_THREADS, BNB_GEMM4_TILE_SHARED)};
 static struct bnb_cuda_kernel tile_grad[3] =
-    HALVES("gemm4_tile", 80, "bnb_k_gemm4_tile_grad", TILE_THREADS, TILE_SHARED);
+    HALVES("gemm4_tile", 80, "bnb_k_gemm4_tile_grad", TILE_THREADS, BNB_GEMM4_TILE_SHARED);
 static struct bnb_cuda_kernel sum[3] = HALVES("gemm4_few", 80, "bnb_k_gemm4_sum", 256, 0);
 
 /* ---------------------------------------------------------------- what was asked for */

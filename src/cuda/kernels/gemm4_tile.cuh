@@ -9,6 +9,7 @@
 #ifndef BNB_CUDA_GEMM4_TILE_CUH
 #define BNB_CUDA_GEMM4_TILE_CUH
 
+#include "core/plan_gemm4.h"
 #include "cuda/kernels/gemm4_decode.cuh"
 #include "cuda/kernels/gemm4_walk.cuh"
 
@@ -27,6 +28,7 @@ enum {
     TILE_WEIGHTS_AT = TILE_CODES_AT + 2 * TILE_CODES,
     TILE_BYTES = TILE_WEIGHTS_AT + 2 * TILE_X
 };
+static_assert((int)TILE_BYTES == BNB_GEMM4_TILE_SHARED, "what the launch asks for");
 
 /* Where chunk `c` of 16 bytes of a row of `across` chunks lies. */
 DEVICE unsigned tile_chunk(int row, int c, int across) { return (unsigned)((row * across + (c ^ row % 8)) * 16); }

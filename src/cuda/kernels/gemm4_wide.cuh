@@ -18,6 +18,7 @@
 #ifndef BNB_CUDA_GEMM4_WIDE_CUH
 #define BNB_CUDA_GEMM4_WIDE_CUH
 
+#include "core/plan_gemm4.h"
 #include "cuda/kernels/gemm4_decode.cuh"
 #include "cuda/kernels/gemm4_walk.cuh"
 #include "cuda/kernels/gemm_hopper.cuh"
@@ -43,26 +44,23 @@ template <int COUNT, int HOW, bool MEET = false> struct wide_shape {
         WORKER_REGISTERS = WAYS == 1 ? 216 : 112,
         BRINGER_REGISTERS = WAYS == 1 ? 72 : 32,
         SUMS = COUNT / 2, /* of a thread */
-        PIECE = GRAD || COUNT == 256 ? 32
-        : COUNT < 64                 ? COUNT
-                                     : 64, /* tokens that are stored at a time */
+        PIECE = BNB_GEMM4_WIDE_PIECE(COUNT, GRAD),
         X_BYTES = COUNT * 128,
-        CODES = 4096,
-        SCALES = GRAD ? 1024 : 0, /* [warpgroup][32 columns][row] of a step */
-        RING = COUNT == 256 ? 4
-        : COUNT == 128      ? 6
-                            : 8,
-        LINE = COUNT < 256 ? 8
-        : GRAD             ? 5
-                           : 6, /* slots for codes */
-        STAGING = WAYS == 2 ? 8192 : PIECE * 128, /* a piece of 64 columns; 16 sums of each thread of a warpgroup */
+        CODES = BNB_GEMM4_WIDE_CODES,
+        SCALES = BNB_GEMM4_WIDE_SCALES(GRAD), /* [warpgroup][32 columns][row] of a step */
+        RING = BNB_GEMM4_WIDE_RING(COUNT),
+        LINE = BNB_GEMM4_WIDE_LINE(COUNT, GRAD),
+        STAGING =
+            BNB_GEMM4_WIDE_STAGING(COUNT, GRAD), /* a piece of 64 columns; 16 sums of each thread of a warpgroup */
         X_AT = PAIRS,
         CODES_AT = X_AT + RING * X_BYTES,
         SCALES_AT = CODES_AT + LINE * CODES,
         STAGING_AT = SCALES_AT + LINE * SCALES,
         MAP2_AT = STAGING_AT + 2 * STAGING,
-        BARRIERS_AT = MAP2_AT + 1024 /* full and empty of the ring, then of the line; that of sums that meet */
+        BARRIERS_AT = MAP2_AT + 1024, /* full and empty of the ring, then of the line; that of sums that meet */
+        END = BARRIERS_AT + 8 * (2 * RING + 2 * LINE + 1)
     };
+    static_assert((int)END == BNB_GEMM4_WIDE_SHARED(COUNT, GRAD), "what the launch asks for");
 };
 
 /* ---------------------------------------------------------------- tiles */
